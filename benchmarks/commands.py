@@ -1,0 +1,5 @@
+"""`vitrine demo`."""
+
+import typer
+
+app = typer.Typer()

@@ -1,0 +1,127 @@
+"""Artifacts: the folder between export and serving - read, verified, and written atomically."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.checkpoint import file_sha256, read_json, write_json
+from engine.errors import ArtifactError, OptionError
+from engine.manifest import FORMAT, Manifest, Variant
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified artifact folder."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        """The folder's name; also the name of its model in Triton."""
+        return self.path.resolve().name
+
+    def variant(self, name: str | None = None) -> Variant:
+        """The named variant, by default the selected one. Raises OptionError."""
+        variants = self.manifest.variants
+        name = name or self.manifest.selected
+        if name not in variants:
+            raise OptionError(f"variant must be one of {', '.join(variants)}, got {name!r}")
+        return variants[name]
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether there is a manifest; says nothing about its being whole."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """Read the manifest and verify the SHA-256 of every file.
+
+    Raises ArtifactError that names the file and the command that mends it.
+    """
+    values = read_json(folder / MANIFEST, folder)
+    if values.get("format") != FORMAT:
+        raise ArtifactError(
+            f"artifact '{folder}' has format {values.get('format')!r}, this version reads "
+            f"{FORMAT}; export it again"
+        )
+    try:
+        manifest = Manifest.parse(values, f"artifact '{folder}': {MANIFEST}")
+    except OptionError as error:
+        raise ArtifactError(str(error)) from None
+    verify_files(folder, manifest)
+    return Artifact(folder, manifest)
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Compare every file with the manifest. Raises ArtifactError."""
+    mend = f"export it again: vitrine export {manifest.source.path} --output {folder}"
+    for name, expected in manifest.files.items():
+        try:
+            found = file_sha256(folder / name)
+        except OSError:
+            raise ArtifactError(f"artifact '{folder}' lacks {name}; {mend}") from None
+        if found != expected:
+            raise ArtifactError(
+                f"artifact '{folder}': {name} does not match its manifest "
+                f"(sha256 {found[:8]}..., expected {expected[:8]}...); {mend}"
+            )
+    for label, variant in manifest.variants.items():
+        for network in variant.networks.values():
+            if network not in manifest.files:
+                raise ArtifactError(f"artifact '{folder}': {label} names {network}, not in files")
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file under a folder but the manifest, by relative path."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): file_sha256(path)
+        for path in paths
+        if path.name != MANIFEST
+    }
+
+
+@contextmanager
+def new_artifact(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends without an error.
+
+    An older artifact there is replaced; anything else is refused. Raises ArtifactError.
+    """
+    if folder.exists() and not is_artifact(folder) and any(folder.iterdir()):
+        raise ArtifactError(f"'{folder}' exists and is not an artifact; choose another --output")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp makes it private
+        _swap(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(partial: Path, folder: Path) -> None:
+    old = partial.with_name(partial.name + ".old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write or replace `manifest.json` atomically."""
+    partial = folder / f".{MANIFEST}.partial"
+    write_json(partial, manifest.model_dump(mode="json"))
+    os.replace(partial, folder / MANIFEST)
+
+
+def with_variants(manifest: Manifest, variants: Mapping[str, Variant], folder: Path) -> Manifest:
+    """The manifest with other variants and the hashes of the files as they are now."""
+    return manifest.model_copy(update={"variants": dict(variants), "files": hash_files(folder)})

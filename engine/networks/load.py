@@ -1,0 +1,42 @@
+"""A checkpoint's networks as modules that take our tensors in order and return one tensor."""
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from engine.checkpoint import WEIGHTS, read_json
+from engine.errors import ArtifactError
+from engine.networks.gan import Generator
+
+
+class ClassUNet(nn.Module):
+    """`sample [B, C, H, W]`, `timestep [B]`, `label [B]` -> raw prediction `[B, C, H, W]`."""
+
+    def __init__(self, unet: UNet2DModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+        prediction: Tensor = self.unet(sample, timestep, label, return_dict=False)[0]
+        return prediction
+
+
+def load_network(folder: Path) -> nn.Module:
+    """Load a network's folder (`config.json` + safetensors), in fp32.
+
+    Raises ArtifactError for weights that are damaged or do not fit the config.
+    """
+    config = read_json(folder / "config.json", folder)
+    architecture = Generator if config.get("_class_name") == "Generator" else UNet2DModel
+    try:
+        network = architecture.from_config(config)
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        network.load_state_dict(weights)
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ArtifactError(f"'{folder}' does not load: {error}") from None
+    network = network.to(torch.float32)
+    return network if architecture is Generator else ClassUNet(network)

@@ -1,0 +1,164 @@
+"""The gate: an artifact's pictures against the fp32 torch reference with the same start noise."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.artifact import Artifact, read_artifact, with_variants, write_manifest
+from engine.checkpoint import Checkpoint, read_checkpoint
+from engine.errors import ArtifactError, QualityError
+from engine.images import grid, to_uint8
+from engine.manifest import ModelSpec, Quality, Variant
+from engine.pipeline import Pipeline, open_pipeline
+from engine.quality import psnr_db, ssim
+from engine.request import Request
+
+Image = NDArray[np.float32]  # [H, W, C] in [0, 1]
+
+
+@dataclass(frozen=True)
+class Floors:
+    """The least that a variant must reach: PSNR of the worst picture, mean SSIM."""
+
+    psnr_db: float = 35.0
+    ssim: float = 0.98
+
+
+def check(
+    artifact_path: Path,
+    checkpoint_path: Path | None = None,
+    pictures: int = 32,
+    floors: Floors | None = None,
+    variant: str | None = None,
+) -> Quality:
+    """Compare one variant with the checkpoint; record the figures and the worst picture.
+
+    Raises ArtifactError where the checkpoint is missing or another one, QualityError where a
+    picture is under a floor (which the manifest then says too).
+    """
+    floors = floors or Floors()
+    artifact = read_artifact(artifact_path)
+    name = variant or artifact.manifest.selected
+    artifact.variant(name)
+    checkpoint = _source(artifact, checkpoint_path)
+    requests = gate_requests(artifact.manifest.model, pictures)
+    references = _pictures(open_pipeline(checkpoint.path), requests, "torch-fp32")
+    results = _pictures(open_pipeline(artifact.path, name), requests, name)
+    quality = _record(artifact, name, requests, references, results, floors)
+    reason = shortfall(quality, floors)
+    if reason:
+        evidence = artifact.path / quality.worst_picture
+        raise QualityError(f"{reason} ({name}, worst seed {quality.worst_seed}); see {evidence}")
+    return quality
+
+
+def gate_requests(model: ModelSpec, count: int) -> list[Request]:
+    """Requests over seeds, and with them over labels, samplers, 4..30 steps and guidance."""
+    requests = []
+    for seed in range(count):
+        label = model.labels[seed % len(model.labels)]
+        if model.defaults is None:
+            requests.append(Request(label=label, seed=seed))
+            continue
+        guidance = (1.0, 2.0, 3.5, 5.0)[seed % 4] if model.null_label is not None else 1.0
+        requests.append(
+            Request(
+                label=label,
+                seed=seed,
+                num_inference_steps=4 + 7 * seed % 27,
+                guidance_scale=guidance,
+                sampler=model.samplers[seed % len(model.samplers)],
+            )
+        )
+    return requests
+
+
+def shortfall(quality: Quality, floors: Floors) -> str:
+    """Why a variant is refused, or nothing."""
+    if not quality.psnr_db_min >= floors.psnr_db:
+        return f"PSNR {quality.psnr_db_min:.1f} dB is below the floor {floors.psnr_db:.1f} dB"
+    if not quality.ssim_mean >= floors.ssim:
+        return f"mean SSIM {quality.ssim_mean:.4f} is below the floor {floors.ssim:.4f}"
+    return ""
+
+
+def _source(artifact: Artifact, given: Path | None) -> Checkpoint:
+    source = artifact.manifest.source
+    path = given or Path(source.path)
+    if not path.is_dir():
+        raise ArtifactError(
+            f"checkpoint '{path}', which '{artifact.path}' was exported from, does not exist; "
+            "name its folder with --checkpoint"
+        )
+    checkpoint = read_checkpoint(path)
+    found = checkpoint.sha256()
+    if found != source.sha256:
+        raise ArtifactError(
+            f"checkpoint '{path}' is not the one that '{artifact.path}' was exported from (sha256 "
+            f"{found[:8]}..., expected {source.sha256[:8]}...); name that one with --checkpoint, "
+            f"or export again: vitrine export {path} --output {artifact.path}"
+        )
+    return checkpoint
+
+
+def _pictures(pipeline: Pipeline, requests: Sequence[Request], name: str) -> list[Image]:
+    """Pictures before rounding. Raises QualityError for NaN or infinity."""
+    pictures = []
+    for request, row in zip(requests, pipeline.run(requests), strict=True):
+        if not np.isfinite(row.x).all():
+            raise QualityError(f"{name} makes NaN or infinite pixels for seed {request.seed}")
+        pictures.append(pipeline.decode(row))
+    pipeline.close()
+    return pictures
+
+
+def _record(
+    artifact: Artifact,
+    name: str,
+    requests: Sequence[Request],
+    references: Sequence[Image],
+    results: Sequence[Image],
+    floors: Floors,
+) -> Quality:
+    """Measure, save the worst picture as evidence, and write both into the manifest."""
+    pairs = list(zip(references, results, strict=True))
+    psnrs = [psnr_db(*pair) for pair in pairs]
+    ssims = [ssim(*pair) for pair in pairs]
+    worst = int(np.argmin(psnrs))
+    quality = Quality(
+        pictures=len(pairs),
+        psnr_db_min=min(psnrs),
+        psnr_db_mean=float(np.mean(psnrs)),
+        ssim_min=min(ssims),
+        ssim_mean=float(np.mean(ssims)),
+        worst_seed=requests[worst].seed,
+        worst_picture=f"quality/{name}-{requests[worst].seed}.png",
+    )
+    for old in (artifact.path / "quality").glob(f"{name}-*.png"):
+        old.unlink()
+    _save_evidence(artifact.path / quality.worst_picture, *pairs[worst])
+    variant: Variant = artifact.variant(name).model_copy(
+        update={
+            "quality": quality,
+            "accepted": not shortfall(quality, floors),
+            "reason": shortfall(quality, floors),
+        }
+    )
+    variants = {**artifact.manifest.variants, name: variant}
+    write_manifest(artifact.path, with_variants(artifact.manifest, variants, artifact.path))
+    return quality
+
+
+def _save_evidence(path: Path, reference: Image, result: Image) -> None:
+    """reference | result | their difference, stretched so that its largest value is white."""
+    difference = np.abs(reference - result)
+    largest = float(difference.max())
+    stretched = difference / largest if largest else difference
+    panels = [to_uint8(panel) for panel in (reference, result, stretched)]
+    scale = max(1, 192 // max(reference.shape[:2]))
+    captions = ["reference", "result", f"difference, max {largest:.1e}"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid(panels, 3, captions, scale).save(path)

@@ -1,0 +1,149 @@
+"""Artifacts to a Triton model repository: verified, self-contained, written whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.artifact import Artifact, is_artifact, read_artifact
+from engine.errors import ArtifactError, OptionError, RuntimeUnavailableError
+from engine.manifest import ModelSpec
+from engine.pipeline import DEFAULT_MAX_ROWS
+
+if TYPE_CHECKING:
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+CONFIG = "config.pbtxt"
+VERSION = "1"
+ARTIFACT = "artifact"
+
+# Rows of one tick, and the rows that take turns in ticks; all others wait in Triton's queue. Every
+# row handed in costs Triton about 0.1 ms a tick, so more than the network gains from is a loss.
+MAX_ROWS = 2 * DEFAULT_MAX_ROWS
+# How long a tick that is not full waits for rows on their way back from the last one: without it
+# two half-full cohorts alternate. Small against a network call of many rows.
+QUEUE_DELAY_US = 1000
+# Triton ends a sequence that was silent for so long. Ours are silent during a network call, and
+# are ended by us alone: an hour.
+MAX_IDLE_US = 3_600_000_000
+
+_MODEL_PY = '''\
+"""The model that Triton's python backend loads; all of it is in Vitrine's serving package."""
+
+from serving.triton_model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+
+def write_repository(artifacts: Sequence[Path], folder: Path) -> Path:
+    """Write `<folder>/<artifact's name>/{config.pbtxt, 1/model.py, 1/artifact/}` for each.
+
+    Every artifact is verified first; an older repository at `folder` is replaced, anything else is
+    refused. Raises ArtifactError, OptionError, RuntimeUnavailableError.
+    """
+    verified = [read_artifact(path) for path in artifacts]
+    _require_distinct_names(verified)
+    with _new_repository(folder) as partial:
+        for artifact in verified:
+            _write_model(artifact, partial / artifact.name)
+    return folder
+
+
+def repository_models(folder: Path) -> dict[str, ModelSpec]:
+    """The models of a repository that `write_repository` wrote. Raises ArtifactError."""
+    configs = sorted(folder.glob(f"*/{CONFIG}"))
+    if not configs:
+        raise ArtifactError(f"'{folder}' has no model of Vitrine; write it with: vitrine serve")
+    return {
+        path.parent.name: read_artifact(path.parent / VERSION / ARTIFACT).manifest.model
+        for path in configs
+    }
+
+
+def _require_distinct_names(artifacts: Sequence[Artifact]) -> None:
+    if not artifacts:
+        raise OptionError("there must be at least one artifact to serve")
+    (name, count), *_ = Counter(artifact.name for artifact in artifacts).most_common(1)
+    if count > 1:
+        paths = ", ".join(str(artifact.path) for artifact in artifacts if artifact.name == name)
+        raise OptionError(f"artifacts must have different names, got '{name}' twice: {paths}")
+
+
+def _write_model(artifact: Artifact, folder: Path) -> None:
+    version = folder / VERSION
+    version.mkdir(parents=True)
+    (folder / CONFIG).write_text(config_text(artifact.name, artifact.manifest.model), "utf-8")
+    (version / "model.py").write_text(_MODEL_PY, "utf-8")
+    for name in ("manifest.json", *artifact.manifest.files):
+        target = version / ARTIFACT / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(artifact.path / name, target)
+    read_artifact(version / ARTIFACT)  # a full disk or a file that changed under the copy
+
+
+def config_text(name: str, model: ModelSpec) -> str:
+    """The model's `config.pbtxt`. Raises RuntimeUnavailableError without tritonclient."""
+    try:
+        from google.protobuf import text_format  # type: ignore[import-untyped]
+        from tritonclient.grpc import model_config_pb2
+    except ImportError as error:
+        raise RuntimeUnavailableError(
+            f"{error.name} is not installed; pip install 'vitrine[triton]'"
+        ) from None
+    image = model.image
+    config = model_config_pb2.ModelConfig(name=name, backend="python", max_batch_size=MAX_ROWS)
+    config.input.add(name="label", data_type=model_config_pb2.TYPE_STRING, dims=[1])
+    config.output.add(
+        name="image",
+        data_type=model_config_pb2.TYPE_UINT8,
+        dims=[image.height, image.width, image.channels],
+    )
+    config.instance_group.add(count=1, kind=model_config_pb2.ModelInstanceGroup.KIND_CPU)
+    _add_batching(config, model)
+    text: str = text_format.MessageToString(config)
+    return text
+
+
+def _add_batching(config: "ModelConfig", model: ModelSpec) -> None:
+    """Step batching where a request takes many steps, dynamic batching where it takes one."""
+    if model.defaults is None:  # no delay: a batch forms while the network is busy
+        config.dynamic_batching.max_queue_delay_microseconds = 0
+        return
+    batching = config.sequence_batching
+    batching.iterative_sequence = True
+    batching.max_sequence_idle_microseconds = MAX_IDLE_US
+    batching.oldest.max_candidate_sequences = MAX_ROWS
+    batching.oldest.max_queue_delay_microseconds = QUEUE_DELAY_US
+
+
+@contextmanager
+def _new_repository(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends without an error."""
+    _require_replaceable(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
+        partial = Path(name) / "new"
+        partial.mkdir()
+        yield partial
+        if folder.exists():
+            os.replace(folder, Path(name) / "old")
+        os.replace(partial, folder)
+
+
+def _require_replaceable(folder: Path) -> None:
+    """Only an empty folder or one that holds nothing but our models may go."""
+    if not folder.exists():
+        return
+    ours = folder.is_dir() and all(
+        (model / CONFIG).is_file() and is_artifact(model / VERSION / ARTIFACT)
+        for model in folder.iterdir()
+    )
+    if not ours:
+        raise ArtifactError(
+            f"'{folder}' exists and is not a repository of Vitrine; choose another --repository"
+        )

@@ -1,0 +1,112 @@
+"""The model that Triton's python backend runs: one `execute` is one tick of a pipeline.
+
+Imported by Triton's stub process only. Triton is the scheduler: it hands in the rows of a tick, a
+row that is not done goes back to it, and one that is done is answered.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from engine.errors import OptionError, VitrineError
+from engine.pipeline import open_pipeline
+from engine.request import Request
+from engine.row import Row
+
+TICKS_TOTAL = "vitrine_ticks_total"
+ROWS_TOTAL = "vitrine_rows_total"
+
+Outcome = Any  # Row | pb_utils.TritonError, which Triton adds to pb_utils after this import
+
+
+class TritonPythonModel:
+    """A pipeline behind Triton's python backend; its state is the rows between two ticks."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the artifact beside model.py; an error here keeps the model from becoming ready."""
+        folder = Path(args["model_repository"]) / args["model_version"]
+        self._pipeline = open_pipeline(folder / "artifact")
+        self._rows: dict[int | str, Row] = {}  # not done, by correlation id
+        self._ticks = _Counter(TICKS_TOTAL, "network calls", args["model_name"])
+        self._rows_ticked = _Counter(ROWS_TOTAL, "rows in network calls", args["model_name"])
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One tick over the rows of `requests`; None for a request that is not done yet."""
+        outcomes = [self._take_row(request) for request in requests]
+        rows = [outcome for outcome in outcomes if isinstance(outcome, Row)]
+        try:
+            self._tick(rows)
+        except Exception as error:  # whatever a runtime raises, only these rows are lost
+            failed = pb_utils.TritonError(f"the network call failed: {error}")
+            outcomes = [failed if isinstance(outcome, Row) else outcome for outcome in outcomes]
+        return [self._respond(*pair) for pair in zip(requests, outcomes, strict=True)]
+
+    def finalize(self) -> None:
+        """Close the pipeline when the model is unloaded."""
+        self._pipeline.close()
+
+    def _take_row(self, request: Any) -> Outcome:
+        """The row of a request that was here before, or a new one, or why there is none."""
+        row = self._rows.pop(request.correlation_id(), None)
+        if request.is_cancelled():
+            return pb_utils.TritonError("cancelled by the client", pb_utils.TritonError.CANCELLED)
+        try:
+            return row or self._pipeline.admit(_parse(request))
+        except VitrineError as error:
+            return pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+        except Exception as error:  # a bug of ours must not fail the neighbours
+            return pb_utils.TritonError(f"{type(error).__name__}: {error}")
+
+    def _tick(self, rows: Sequence[Row]) -> None:
+        if not rows:
+            return
+        self._pipeline.tick(rows)
+        self._ticks.increment(1)
+        self._rows_ticked.increment(len(rows))
+
+    def _respond(self, request: Any, outcome: Outcome) -> Any:
+        if not isinstance(outcome, Row):
+            return pb_utils.InferenceResponse(error=outcome)
+        if outcome.done:
+            image = self._pipeline.finish(outcome)[None]  # [1, H, W, C]
+            return pb_utils.InferenceResponse([pb_utils.Tensor("image", image)])
+        self._rows[request.correlation_id()] = outcome
+        request.set_release_flags(pb_utils.TRITONSERVER_REQUEST_RELEASE_RESCHEDULE)
+        return None
+
+
+class _Counter:
+    """One counter of Triton's /metrics, labelled with the model."""
+
+    def __init__(self, name: str, description: str, model: str) -> None:
+        self._family = pb_utils.MetricFamily(
+            name=name, description=description, kind=pb_utils.MetricFamily.COUNTER
+        )
+        self._metric = self._family.Metric(labels={"model": model})
+
+    def increment(self, by: int) -> None:
+        self._metric.increment(by)
+
+
+def _parse(request: Any) -> Request:
+    """The request as a validated model. Raises OptionError."""
+    label = pb_utils.get_input_tensor_by_name(request, "label").as_numpy()
+    if label.shape != (1, 1):
+        raise OptionError(
+            "label must have shape [1, 1], one request is one picture; "
+            f"got {list(label.shape)}, send one request for each picture"
+        )
+    parameters = json.loads(request.parameters() or "{}")
+    if "label" in parameters:
+        raise OptionError("label is the input tensor, not a parameter; leave the parameter out")
+    return Request.of(_text(label[0, 0]), parameters)
+
+
+def _text(value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        raise OptionError(f"label must be UTF-8 text, got {value!r}") from None
