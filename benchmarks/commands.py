@@ -1,5 +1,44 @@
 """`vitrine demo`."""
 
+from pathlib import Path
+from typing import Annotated, Any
+
 import typer
 
+from engine.console import AsJson, console, emit
+
 app = typer.Typer()
+
+
+@app.command()
+def demo(
+    checkpoints: Annotated[Path, typer.Option(help="folder of checkpoints")] = Path("checkpoints"),
+    output: Annotated[Path, typer.Option(help="artifacts, gallery and report")] = Path("runs/demo"),
+    as_json: AsJson = False,
+) -> None:
+    """Export, check and serve the shipped checkpoints; compare each served picture."""
+    from benchmarks.demo import run_demo
+
+    report = run_demo(checkpoints, output)
+    _print_table(report)
+    console.print(f"{output}/gallery.png, {output}/report.json; {report['seconds']} s in all")
+    emit(report, as_json)
+
+
+def _print_table(report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    columns = ("model", "PSNR min", "SSIM mean", "byte-identical", "rows a tick", "p50", "p95")
+    table = Table(*columns)
+    for name, served in report["served"].items():
+        parity = report["parity"][name]
+        table.add_row(
+            name,
+            f"{parity['psnr_db_min']:.1f} dB",
+            f"{parity['ssim_mean']:.6f}",
+            f"{served['byte_identical']} of {served['requests']}",
+            f"{served['rows_per_tick']:.1f}",
+            f"{served['p50_ms']:.0f} ms",
+            f"{served['p95_ms']:.0f} ms",
+        )
+    console.print(table)

@@ -12,7 +12,8 @@ Picture = NDArray[np.uint8]  # [H, W, C], C = 1 or 3
 
 def from_network_range(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """`[C, H, W]` in [-1, 1] to `[H, W, C]` in [0, 1], clipped."""
-    return np.clip(x.transpose(1, 2, 0) * np.float32(0.5) + np.float32(0.5), 0, 1)
+    image = x.transpose(1, 2, 0) * np.float32(0.5) + np.float32(0.5)
+    return np.minimum(np.maximum(image, np.float32(0)), np.float32(1))
 
 
 def to_uint8(image: NDArray[np.float32]) -> Picture:

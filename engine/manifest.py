@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, JsonValue
 
 from engine.options import Options
 
-FORMAT = 1
+FORMAT = 1  # of the manifest; readers refuse another
 
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
 Runtime = Literal["torch", "onnxruntime", "openvino", "tensorrt"]
@@ -107,7 +107,7 @@ class Source(Options):
 class Manifest(Options):
     """`manifest.json`: everything that reading, checking and serving an artifact needs."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     vitrine_version: str
     source: Source
     model: ModelSpec

@@ -16,7 +16,6 @@ from engine.manifest import ModelSpec
 from engine.request import Request, resolve
 from engine.row import Row, advance, network_inputs
 
-_FAMILIES = {"class_unet": class_unet, "gan": gan}
 DEFAULT_MAX_ROWS = 16
 
 
@@ -26,13 +25,13 @@ class Pipeline:
     def __init__(self, model: ModelSpec, network: Backend) -> None:
         self.model = model
         self._network = network
-        self._family = _FAMILIES[model.family]
         self._x_name = network.inputs[0].name
         self._output_name = network.outputs[0].name
 
     def admit(self, request: Request) -> Row:
         """The row of a request, before its first step. Raises OptionError."""
-        return self._family.prepare(self.model, resolve(request, self.model))
+        prepare = class_unet.prepare if self.model.family == "class_unet" else gan.prepare
+        return prepare(self.model, resolve(request, self.model))
 
     def tick(self, rows: Sequence[Row]) -> None:
         """One network call that takes every row one step further."""

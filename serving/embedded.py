@@ -67,6 +67,7 @@ def environment(folder: Path) -> dict[str, str]:
         **os.environ,
         "LD_LIBRARY_PATH": _joined(libraries, os.environ.get("LD_LIBRARY_PATH")),
         "PATH": _joined(path, os.environ.get("PATH")),
+        "TMPDIR": str(folder),  # onnxruntime leaves a file there
     }
 
 

@@ -123,6 +123,7 @@ class Server:
         return [
             f"--model-repository={self._repository.resolve()}",
             f"--backend-directory={folder / 'backends'}",
+            f"--backend-config=python,shm-region-prefix-name={folder.name}",
             f"--http-address={self._host}",
             f"--http-port={self._ports.http}",
             f"--grpc-address={self._host}",
@@ -182,6 +183,8 @@ class Server:
         finally:
             if self._process is not None:
                 _kill_group(self._process)
+            for region in Path("/dev/shm").glob(f"{Path(self._folder.name).name}*"):
+                region.unlink(missing_ok=True)  # left where a stub was killed
             self._folder.cleanup()
 
 

@@ -5,7 +5,7 @@ row that is not done goes back to it, and one that is done is answered.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class TritonPythonModel:
         """Load the artifact beside model.py; an error here keeps the model from becoming ready."""
         folder = Path(args["model_repository"]) / args["model_version"]
         self._pipeline = open_pipeline(folder / "artifact")
-        self._rows: dict[int | str, Row] = {}  # not done, by correlation id
+        self._rows: dict[Hashable, Row] = {}  # not done, by `_key`
         self._ticks = _Counter(TICKS_TOTAL, "network calls", args["model_name"])
         self._rows_ticked = _Counter(ROWS_TOTAL, "rows in network calls", args["model_name"])
 
@@ -50,7 +50,7 @@ class TritonPythonModel:
 
     def _take_row(self, request: Any) -> Outcome:
         """The row of a request that was here before, or a new one, or why there is none."""
-        row = self._rows.pop(request.correlation_id(), None)
+        row = self._rows.pop(_key(request), None)
         if request.is_cancelled():
             return pb_utils.TritonError("cancelled by the client", pb_utils.TritonError.CANCELLED)
         try:
@@ -73,7 +73,7 @@ class TritonPythonModel:
         if outcome.done:
             image = self._pipeline.finish(outcome)[None]  # [1, H, W, C]
             return pb_utils.InferenceResponse([pb_utils.Tensor("image", image)])
-        self._rows[request.correlation_id()] = outcome
+        self._rows[_key(request)] = outcome
         request.set_release_flags(pb_utils.TRITONSERVER_REQUEST_RELEASE_RESCHEDULE)
         return None
 
@@ -91,8 +91,20 @@ class _Counter:
         self._metric.increment(by)
 
 
+def _key(request: Any) -> Hashable:
+    """What finds a request's row again at its next tick.
+
+    Triton's correlation ids are not enough: a client may set one, and it may be one that Triton
+    gave to another request. With what was asked for in the key, all rows of a key are equal.
+    """
+    label = pb_utils.get_input_tensor_by_name(request, "label").as_numpy()
+    return request.correlation_id(), tuple(label.flat), request.parameters()
+
+
 def _parse(request: Any) -> Request:
     """The request as a validated model. Raises OptionError."""
+    if request.flags() & pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END:
+        raise OptionError("a request must not set sequence_end; leave out all sequence options")
     label = pb_utils.get_input_tensor_by_name(request, "label").as_numpy()
     if label.shape != (1, 1):
         raise OptionError(

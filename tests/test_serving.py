@@ -436,11 +436,12 @@ def test_a_missing_libpython_is_named_with_its_package(
     stub = stubs / embedded.PYTHON / "triton_python_backend_stub"
     stub.write_bytes(stub.read_bytes().replace(b"libpython3.", b"libpython9."))
     monkeypatch.setattr(embedded, "_wheel", lambda: wheel)
+    before = triton_processes(repository)
     with pytest.raises(
         RuntimeUnavailableError, match=r"needs libpython3\.\d+\.so\.1\.0, .*install"
     ):
         Server(repository, **FREE_PORTS).__enter__()
-    assert not triton_processes(repository)
+    assert triton_processes(repository) == before
 
 
 def test_a_missing_wheel_names_the_extra(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

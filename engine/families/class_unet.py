@@ -51,7 +51,7 @@ def describe(
     return ModelSpec(
         family="class_unet",
         labels=labels,
-        image=ImageSpec(height=height, width=width, channels=channels),  # type: ignore[arg-type]
+        image=ImageSpec(height=height, width=width, channels=channels),
         networks={NETWORK: network},
         scheduler=scheduler,  # type: ignore[arg-type]
         samplers=samplers,
@@ -76,7 +76,9 @@ def _size(config: Mapping[str, object]) -> tuple[int, int]:
 
 def prepare(model: ModelSpec, request: Request) -> Row:
     """Start noise of the seed, the label and, with guidance, the null label beside it."""
-    assert request.sampler and request.num_inference_steps and request.guidance_scale
+    assert request.sampler is not None, "resolve the request first"
+    assert request.num_inference_steps is not None
+    assert request.guidance_scale is not None
     config = SchedulerConfig.parse(model.scheduler or {})
     solver = trajectory(request.sampler, config, request.num_inference_steps)
     image = model.image

@@ -27,7 +27,7 @@ def describe(configs: Mapping[str, dict[str, object]], labels: tuple[str, ...]) 
     return ModelSpec(
         family="gan",
         labels=labels,
-        image=ImageSpec(height=size, width=size, channels=channels),  # type: ignore[arg-type]
+        image=ImageSpec(height=size, width=size, channels=channels),
         networks={NETWORK: network},
     )
 

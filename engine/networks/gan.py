@@ -26,7 +26,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(functional.leaky_relu(x, 0.2))
-        return x + self.conv2(functional.leaky_relu(hidden, 0.2))
+        result: Tensor = x + self.conv2(functional.leaky_relu(hidden, 0.2))
+        return result
 
 
 def _blocks(channels: int, count: int) -> nn.Sequential:

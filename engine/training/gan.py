@@ -36,7 +36,7 @@ class GanTrainer:
         self.generator = Generator(network.latent_size, len(names), data.channels, *shape)
         self.generator.to(device, memory_format=torch.channels_last)
         self.discriminator = Discriminator(len(names), data.channels, *shape)
-        self.discriminator.to(device, memory_format=torch.channels_last)
+        self.discriminator.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = copy.deepcopy(self.generator).requires_grad_(False).eval()
         self.generator_adam, self.learning_rate = adam(self.generator, config)
         self.discriminator_adam, _ = adam(self.discriminator, config)

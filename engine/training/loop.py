@@ -53,14 +53,14 @@ def train(config: DiffusionConfig | GanConfig, folder: Path, console: Console) -
     step = load_state(state_path, trainer.modules(), trainer.optimizers(), config)
     if step:
         console.print(f"going on at step {step} of {config.steps}")
-    writer = SummaryWriter(str(folder / "training" / "log"), purge_step=step)  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(folder / "training" / "log"), purge_step=step)
     with _progress(console) as bar, _stop_signals() as stopped:
         task = bar.add_task("training", total=config.steps, completed=step)
         while step < config.steps and not stopped:
             scalars = trainer.step(*_batch(dataset, config, step, device), step)
             step += 1
             for name, value in scalars.items():
-                writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+                writer.add_scalar(name, value, step)
             if not all(np.isfinite(value) for value in scalars.values()):
                 _refuse_divergence(step, scalars)
             label = next(iter(scalars))
@@ -71,7 +71,7 @@ def train(config: DiffusionConfig | GanConfig, folder: Path, console: Console) -
                 save_state(state_path, trainer.modules(), trainer.optimizers(), config, step)
             if sampling:
                 save_samples(folder, step, writer)
-    writer.close()  # type: ignore[no-untyped-call]
+    writer.close()
     return step
 
 
@@ -115,16 +115,20 @@ def _progress(console: Console) -> Progress:
 def _stop_signals() -> Iterator[list[int]]:
     """A list that is no longer empty once SIGINT or SIGTERM came; a second one acts at once."""
     received: list[int] = []
-    previous: dict[int, signal.Handlers | None] = {}
+    handled = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in handled}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
     def remember(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, previous[number])  # type: ignore[arg-type]
+        restore()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, remember)  # type: ignore[assignment]
+    for number in handled:
+        signal.signal(number, remember)
     try:
         yield received
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        restore()
