@@ -1,5 +1,7 @@
 """The whole way, once: export, check, serve, request, compare - with the shipped checkpoints."""
 
+import os
+import platform
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -55,11 +57,20 @@ def run_demo(checkpoints: Path, output: Path) -> dict[str, object]:
         "parity": {name: quality.model_dump() for name, quality in parity.items()},
         "served": {name: _figures(result) for name, result in served.items()},
         "seconds": round(time.perf_counter() - started, 1),
+        "machine": machine(),
     }
     _save_gallery(output / "gallery.png", served)
     write_json(output / "report.json", report)
     _require_identical(served)
     return report
+
+
+def machine() -> dict[str, object]:
+    """The hardware that figures were taken on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count()}
 
 
 def _export_and_check(checkpoint: Path, output: Path) -> Quality:
@@ -141,7 +152,5 @@ def _save_gallery(path: Path, served: Mapping[str, Served]) -> None:
 def _caption(request: Request) -> str:
     if request.sampler is None:
         return f"{request.label}\nGAN, seed {request.seed}"
-    return (
-        f"{request.label}\n{request.sampler}, {request.num_inference_steps} steps\n"
-        f"guidance {request.guidance_scale:g}"
-    )
+    steps, scale = request.num_inference_steps, request.guidance_scale
+    return f"{request.label}\n{request.sampler}\n{steps} steps, cfg {scale:g}"

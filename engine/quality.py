@@ -22,8 +22,8 @@ def ssim(reference: Image, image: Image) -> float:
 
     return float(
         structural_similarity(
-            reference,
-            image,
+            reference.astype(np.float64),
+            image.astype(np.float64),
             data_range=1.0,
             channel_axis=-1,
             gaussian_weights=True,

@@ -29,7 +29,8 @@ class TritonPythonModel:
         """Load the artifact beside model.py; an error here keeps the model from becoming ready."""
         folder = Path(args["model_repository"]) / args["model_version"]
         self._pipeline = open_pipeline(folder / "artifact")
-        self._rows: dict[Hashable, Row] = {}  # not done, by `_key`
+        self._rows: dict[Hashable, Row] = {}  # not done, by `_key`; the latest ticked are last
+        self._max_kept = 4 * int(json.loads(args["model_config"])["max_batch_size"])
         self._ticks = _Counter(TICKS_TOTAL, "network calls", args["model_name"])
         self._rows_ticked = _Counter(ROWS_TOTAL, "rows in network calls", args["model_name"])
 
@@ -42,7 +43,9 @@ class TritonPythonModel:
         except Exception as error:  # whatever a runtime raises, only these rows are lost
             failed = pb_utils.TritonError(f"the network call failed: {error}")
             outcomes = [failed if isinstance(outcome, Row) else outcome for outcome in outcomes]
-        return [self._respond(*pair) for pair in zip(requests, outcomes, strict=True)]
+        responses = [self._respond(*pair) for pair in zip(requests, outcomes, strict=True)]
+        self._forget_abandoned()
+        return responses
 
     def finalize(self) -> None:
         """Close the pipeline when the model is unloaded."""
@@ -66,6 +69,15 @@ class TritonPythonModel:
         self._pipeline.tick(rows)
         self._ticks.increment(1)
         self._rows_ticked.increment(len(rows))
+
+    def _forget_abandoned(self) -> None:
+        """Drop the rows that were longest without a tick where there are too many.
+
+        Triton mostly drops a cancelled request between two ticks and tells nobody. A row that was
+        dropped in error starts anew: the same picture, later.
+        """
+        while len(self._rows) > self._max_kept:
+            del self._rows[next(iter(self._rows))]
 
     def _respond(self, request: Any, outcome: Outcome) -> Any:
         if not isinstance(outcome, Row):

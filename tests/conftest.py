@@ -87,7 +87,8 @@ def repository(
 @pytest.fixture(scope="session")
 def server(repository: Path) -> Iterator[Server]:
     """The embedded Triton with models `tiny-diffusion` and `tiny-gan`, on free ports."""
-    with Server(repository, http_port=0, grpc_port=0, metrics_port=0) as running:
+    ports = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+    with Server(repository, **ports, stop_timeout_s=2) as running:
         yield running
 
 

@@ -300,6 +300,28 @@ def test_a_cancelled_request_stops_taking_steps(server: Server, client: Client) 
     assert server.tick_counts(DIFFUSION) == stopped
 
 
+def test_sequence_ids_of_a_client_do_not_change_its_neighbours_pictures(
+    server: Server, client: Client, diffusion: Pipeline
+) -> None:
+    """Triton counts its own ids up from 1, so some of these are an id of a neighbour."""
+    tensor = triton.InferInput("label", [1, 1], "BYTES")
+    tensor.set_data_from_numpy(one_label("bag"))
+    requests = [(LABELS[n % 3], {"seed": n, "num_inference_steps": 8}) for n in range(16)]
+    with contextlib.closing(triton.InferenceServerClient(server.grpc_url)) as connection:
+        intruders = [
+            connection.async_infer(
+                DIFFUSION, [tensor], lambda result, error: None, sequence_id=number,
+                sequence_start=True, parameters={"num_inference_steps": 100}, client_timeout=2,
+            )
+            for number in range(1, 400, 7)
+        ]  # fmt: skip
+        pictures = [future.result() for future in submit_all(client, DIFFUSION, requests)]
+        for intruder in intruders:
+            intruder.cancel()
+    for picture, (label, options) in zip(pictures, requests, strict=True):
+        np.testing.assert_array_equal(picture, alone(diffusion, label, options), str(options))
+
+
 def test_the_client_refuses_what_no_model_takes_before_sending(client: Client) -> None:
     with pytest.raises(OptionError, match=r"num_inference_steps must be 1\.\.1000, got 0"):
         client.submit(DIFFUSION, "bag", num_inference_steps=0)
