@@ -12,13 +12,14 @@ Picture = NDArray[np.uint8]  # [H, W, C], C = 1 or 3
 
 def from_network_range(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """`[C, H, W]` in [-1, 1] to `[H, W, C]` in [0, 1], clipped."""
-    image = x.transpose(1, 2, 0) * np.float32(0.5) + np.float32(0.5)
-    return np.minimum(np.maximum(image, np.float32(0)), np.float32(1))
+    image: NDArray[np.float32] = x.transpose(1, 2, 0) * np.float32(0.5) + np.float32(0.5)
+    return image.clip(np.float32(0), np.float32(1))
 
 
 def to_uint8(image: NDArray[np.float32]) -> Picture:
     """[0, 1] to [0, 255], rounded half to even."""
-    return np.rint(image * np.float32(255)).astype(np.uint8)
+    picture: Picture = np.rint(image * np.float32(255)).astype(np.uint8)
+    return picture
 
 
 def to_pillow(picture: Picture) -> Image.Image:

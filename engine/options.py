@@ -24,6 +24,7 @@ _TYPE_NAMES = {
     "tuple_type": "a list",
     "dict_type": "a table",
     "model_type": "a table",
+    "none_required": "null",
 }
 
 
@@ -64,7 +65,8 @@ def describe(model: type[BaseModel], error: ErrorDetails) -> str:
         expected = error["ctx"].get("expected") or error["ctx"].get("expected_tags", "")
         allowed = str(expected).replace("'", "").replace(" or ", ", ")
         got = error["ctx"].get("tag", value)
-        return f"{name} must be one of {allowed}, got {got!r}"
+        choice = f"one of {allowed}" if ", " in allowed else allowed
+        return f"{name} must be {choice}, got {got!r}"
     if kind in _TYPE_NAMES:
         return f"{name} must be {_TYPE_NAMES[kind]}, got {value!r}"
     bounds = _bounds(owner, path)

@@ -6,9 +6,10 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from engine.errors import OptionError
+from engine.options import Options
 
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
 
@@ -66,14 +67,12 @@ _NEUTRAL_DISCRETE: dict[str, tuple[object, ...]] = {
 _FLOW_FIELDS = ("num_train_timesteps", "shift", "use_karras_sigmas")
 
 
-class SchedulerConfig(BaseModel):
+class SchedulerConfig(Options):
     """What a `scheduler_config.json` says about the noise schedule; construct with `parse`.
 
     Names and defaults are diffusers'. `timestep_spacing` None: the config does not say, and each
     sampler takes its diffusers class's own default.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     num_train_timesteps: int = Field(default=1000, ge=1)
     beta_start: float = Field(default=0.0001, gt=0, lt=1)
@@ -96,34 +95,27 @@ class SchedulerConfig(BaseModel):
         return self.prediction_type == "flow_prediction"
 
     @classmethod
-    def parse(cls, scheduler_config: Mapping[str, object]) -> "SchedulerConfig":
+    def parse(
+        cls, values: Mapping[str, object], source: str = "scheduler_config.json"
+    ) -> "SchedulerConfig":
         """Read the JSON object of a `scheduler_config.json`.
 
         Raises:
             OptionError: the scheduler class is not known, or a key has a value that our samplers
                 would not honour.
         """
-        class_name = scheduler_config.get("_class_name")
+        class_name = values.get("_class_name")
         is_flow = class_name == FLOW_CLASS
         if not is_flow and class_name not in DISCRETE_CLASSES:
             known = ", ".join((*DISCRETE_CLASSES, FLOW_CLASS))
             raise _error("_class_name", f"must be one of {known}", class_name)
-        fields = _honoured(scheduler_config, is_flow)
+        fields = _honoured(values, is_flow)
         if is_flow:
             fields["prediction_type"] = "flow_prediction"
         elif fields.get("prediction_type") == "flow_prediction":
             allowed = "must be epsilon, v_prediction or sample"
             raise _error("prediction_type", f"{allowed} for {class_name}", "flow_prediction")
-        return cls._validated(fields)
-
-    @classmethod
-    def _validated(cls, fields: dict[str, object]) -> "SchedulerConfig":
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as invalid:
-            first = invalid.errors()[0]
-            must_be = first["msg"].replace("Input should be", "must be")
-            raise _error(str(first["loc"][0]), must_be, first["input"]) from None
+        return super().parse(fields, source)
 
 
 def _error(key: str, must_be: str, value: object) -> OptionError:

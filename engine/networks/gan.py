@@ -5,6 +5,7 @@ as the identity (Zhang et al. 2019, Fixup), bilinear resampling, leaky ReLU, and
 discriminator (Miyato & Koyama 2018).
 """
 
+import itertools
 import math
 
 import torch
@@ -76,7 +77,7 @@ class Generator(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is 
 
 
 class Discriminator(nn.Module):
-    """Image `[B, C, S, S]` and `label [B]` -> logit `[B]`; `block_out_channels` from 4x4 upwards."""
+    """Image `[B, C, S, S]`, `label [B]` -> logit `[B]`; `block_out_channels` from 4x4 upwards."""
 
     def __init__(
         self,
@@ -90,8 +91,7 @@ class Discriminator(nn.Module):
         self.input = nn.Conv2d(in_channels, downwards[0], 3, padding=1)
         self.blocks = nn.ModuleList(_blocks(c, layers_per_block) for c in downwards)
         self.transitions = nn.ModuleList(
-            nn.Conv2d(c, following, 1)
-            for c, following in zip(downwards[:-1], downwards[1:], strict=True)
+            nn.Conv2d(c, following, 1) for c, following in itertools.pairwise(downwards)
         )
         self.output = nn.Linear(downwards[-1] * 16, downwards[-1])
         self.class_embedding = nn.Embedding(num_class_embeds, downwards[-1])
