@@ -59,7 +59,7 @@ def train_classifier(dataset: Dataset) -> nn.Module:
 @torch.inference_mode()
 def accuracy(network: nn.Module, pictures: NDArray[np.uint8], labels: NDArray[np.int64]) -> float:
     """Share of pictures `[N, C, H, W]` that the classifier puts into their class."""
-    found = torch.cat([network(batch).argmax(1) for batch in to_tensor(pictures).split(500)])
+    found = torch.cat([network(batch).argmax(1) for batch in torch.split(to_tensor(pictures), 500)])
     return float((found.numpy() == labels).mean())
 
 

@@ -501,6 +501,30 @@ def test_a_model_that_does_not_load_ends_the_start_with_tritons_log(
     assert not wait_until_gone(folder)
 
 
+SLOW_MODEL = """\
+import time
+
+from serving.triton_model import TritonPythonModel as Model
+
+
+class TritonPythonModel(Model):
+    def execute(self, requests):
+        time.sleep(1.2)
+        return super().execute(requests)
+"""
+
+
+@pytest.mark.slow
+def test_a_network_call_of_more_than_a_second_loses_no_request(
+    diffusion_artifact: Path, tmp_path: Path
+) -> None:
+    """By default Triton ends a sequence that was silent for a second, and its client hangs."""
+    folder = write_repository([diffusion_artifact], tmp_path / "repository")
+    (folder / DIFFUSION / "1" / "model.py").write_text(SLOW_MODEL)
+    with Server(folder, **FREE_PORTS) as server, Client(server.grpc_url) as client:
+        client.generate(DIFFUSION, "bag", num_inference_steps=3, timeout_s=20)
+
+
 def test_a_server_is_gone_after_its_block(gan_artifact: Path, tmp_path: Path) -> None:
     folder = write_repository([gan_artifact], tmp_path / "repository")
     with Server(folder, **FREE_PORTS) as server:
