@@ -26,21 +26,22 @@ def demo(
 
 
 def _print_table(report: dict[str, Any]) -> None:
+    from rich import box
     from rich.table import Table
 
-    table = Table()
+    table = Table(box=box.SIMPLE)
     table.add_column("model", no_wrap=True)
-    for column in ("PSNR min", "SSIM", "identical", "rows/tick", "p50", "p95"):
+    for column in ("PSNR dB", "SSIM", "identical", "rows/tick", "p50 ms", "p95 ms"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, served in report["served"].items():
         parity = report["parity"][name]
         table.add_row(
             name,
-            f"{parity['psnr_db_min']:.1f} dB",
+            f"{parity['psnr_db_min']:.1f}",
             f"{parity['ssim_mean']:.4f}",
             f"{served['byte_identical']}/{served['requests']}",
             f"{served['rows_per_tick']:.1f}",
-            f"{served['p50_ms']:.0f} ms",
-            f"{served['p95_ms']:.0f} ms",
+            f"{served['p50_ms']:.0f}",
+            f"{served['p95_ms']:.0f}",
         )
     console.print(table)

@@ -22,7 +22,13 @@ FORBIDDEN = {
     "benchmarks": {"vitrine"},
 }
 TORCH = {"torch", "torchvision", "diffusers", "safetensors", "accelerate"}
-TORCH_PLACES = ("engine/networks/", "engine/training/", "engine/backends/torch.py", "export/")
+TORCH_PLACES = (
+    "engine/networks/",
+    "engine/training/",
+    "engine/backends/torch.py",
+    "export/",
+    "benchmarks/class_consistency.py",  # trains its judge
+)
 RUNTIMES = {"onnxruntime", "openvino", "tensorrt", "tritonclient", "pytriton"}
 PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
