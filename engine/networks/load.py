@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from diffusers import UNet2DModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -34,9 +33,8 @@ def load_network(folder: Path) -> nn.Module:
     try:
         network = architecture.from_config(config)
         with safe_open(folder / WEIGHTS, "pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
         network.load_state_dict(weights)
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ArtifactError(f"'{folder}' does not load: {error}") from None
-    network = network.to(torch.float32)
     return network if architecture is Generator else ClassUNet(network)
