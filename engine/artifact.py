@@ -55,7 +55,12 @@ def read_artifact(folder: Path) -> Artifact:
     try:
         manifest = Manifest.parse(values, f"artifact '{folder}': {MANIFEST}")
     except OptionError as error:
-        raise ArtifactError(str(error)) from None
+        raise ArtifactError(f"{error}; export it again") from None
+    if manifest.selected not in manifest.variants:
+        raise ArtifactError(
+            f"artifact '{folder}': {MANIFEST} selects {manifest.selected}, which is not one of its "
+            f"variants ({', '.join(manifest.variants)}); export it again"
+        )
     verify_files(folder, manifest)
     return Artifact(folder, manifest)
 
@@ -76,7 +81,12 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
     for label, variant in manifest.variants.items():
         for network in variant.networks.values():
             if network not in manifest.files:
-                raise ArtifactError(f"artifact '{folder}': {label} names {network}, not in files")
+                raise ArtifactError(
+                    f"artifact '{folder}': {label} names {network}, not in files; {mend}"
+                )
+        if variant.networks.keys() != manifest.model.networks.keys():
+            wanted = ", ".join(manifest.model.networks)
+            raise ArtifactError(f"artifact '{folder}': {label} must name {wanted}; {mend}")
 
 
 def hash_files(folder: Path) -> dict[str, str]:
@@ -95,7 +105,8 @@ def new_artifact(folder: Path) -> Iterator[Path]:
 
     An older artifact there is replaced; anything else is refused. Raises ArtifactError.
     """
-    if folder.exists() and not is_artifact(folder) and any(folder.iterdir()):
+    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not empty and not is_artifact(folder):
         raise ArtifactError(f"'{folder}' exists and is not an artifact; choose another --output")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))

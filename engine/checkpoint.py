@@ -4,14 +4,18 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from engine.errors import ArtifactError
 from engine.families import class_unet, gan
 from engine.manifest import ModelSpec
+from engine.options import describe
 
 if TYPE_CHECKING:
     from diffusers.configuration_utils import ConfigMixin
@@ -52,9 +56,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     index = read_json(folder / "model_index.json", folder)
     networks = {
-        name: str(entry[1])
+        name: str(entry[-1])
         for name, entry in index.items()
-        if isinstance(entry, list) and name != "scheduler"
+        if isinstance(entry, list) and entry and name != "scheduler"
     }
     for name, class_name in networks.items():
         if KNOWN_NETWORKS.get(class_name) != name:
@@ -72,11 +76,27 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     files = ["model_index.json", "labels.json", f"{name}/config.json", f"{name}/{WEIGHTS}"]
     labels = _read_labels(folder)
     if name == gan.NETWORK:
-        return Checkpoint(folder, gan.describe(configs, labels), tuple(sorted(files)))
+        with _naming(folder / name / "config.json"):
+            model = gan.describe(configs, labels)
+        return Checkpoint(folder, model, tuple(sorted(files)))
     scheduler_file = "scheduler/scheduler_config.json"
     scheduler = read_json(folder / scheduler_file, folder)
-    model = class_unet.describe(configs, scheduler, labels)
+    with _naming(folder / name / "config.json"):
+        model = class_unet.describe(configs, scheduler, labels)
     return Checkpoint(folder, model, tuple(sorted([*files, scheduler_file])))
+
+
+@contextmanager
+def _naming(config: Path) -> Iterator[None]:
+    """Raises ArtifactError with the file's name where it lacks a key or has an impossible value."""
+    try:
+        yield
+    except KeyError as error:
+        raise ArtifactError(f"'{config}' has no {error.args[0]}") from None
+    except ValidationError as error:
+        raise ArtifactError(f"'{config}': {describe(ModelSpec, error.errors()[0])}") from None
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"'{config}': {error}") from None
 
 
 def read_json(path: Path, folder: Path) -> dict[str, object]:
@@ -98,6 +118,8 @@ def _read_labels(folder: Path) -> tuple[str, ...]:
     labels = read_json(folder / "labels.json", folder).get("labels")
     if not isinstance(labels, list) or not labels or not all(isinstance(x, str) for x in labels):
         raise ArtifactError(f"'{folder / 'labels.json'}' must hold a list of class names, labels")
+    if len(set(labels)) < len(labels):
+        raise ArtifactError(f"'{folder / 'labels.json'}' must not name a label twice, got {labels}")
     return tuple(labels)
 
 

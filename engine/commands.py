@@ -47,6 +47,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Make pictures; the same seed is the same picture, however many are made."""
+    from engine.errors import OptionError
     from engine.images import save_png
     from engine.pipeline import open_pipeline
     from engine.request import Request
@@ -57,6 +58,8 @@ def generate(
     given = {name: value for name, value in options.items() if value is not None}
     seeds = range(seed, seed + count)
     requests = [Request.of(label, {**given, "seed": number}) for number in seeds]
+    if output.exists() and not output.is_dir():
+        raise OptionError(f"output must be a folder, got the file '{output}'")
     pipeline = open_pipeline(model, variant)
     files = []
     for number, picture in zip(seeds, pipeline.generate(requests), strict=True):

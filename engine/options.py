@@ -105,7 +105,10 @@ def _bounds(model: type[BaseModel], path: list[str | int]) -> str:
             case annotated_types.Lt(lt=bound):
                 high = f"less than {bound}"
     if low and high:
-        return f"{low}..{high}" if low[0].isdigit() and high[0].isdigit() else f"{low}, {high}"
+        if low[0].isdigit() and high[0].isdigit():
+            return f"{low}..{high}"
+        low = low if low.startswith("more") else f"at least {low}"
+        return f"{low} and {high if high.startswith('less') else f'at most {high}'}"
     if low:
         return low if low.startswith("more") else f"at least {low}"
     return high if high.startswith("less") else f"at most {high}" if high else ""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from engine.artifact import is_artifact, read_artifact
 from engine.backends.spec import Backend, open_backend
 from engine.checkpoint import read_checkpoint
-from engine.errors import ArtifactError
+from engine.errors import ArtifactError, OptionError
 from engine.families import class_unet, gan
 from engine.images import Picture, from_network_range, to_uint8
 from engine.manifest import ModelSpec
@@ -84,6 +84,8 @@ def open_pipeline(path: Path, variant: str | None = None) -> Pipeline:
         raise ArtifactError(
             f"'{path}' is neither an artifact (manifest.json) nor a checkpoint (model_index.json)"
         )
+    if variant is not None:
+        raise OptionError(f"a checkpoint has no variants, got {variant!r}; leave it out")
     model = read_checkpoint(path).model
     (name,) = model.networks
     return Pipeline(model, open_backend("torch", path / name, model.networks[name]))

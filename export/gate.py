@@ -46,7 +46,11 @@ def check(
     checkpoint = _source(artifact, checkpoint_path)
     requests = gate_requests(artifact.manifest.model, pictures)
     references = _pictures(open_pipeline(checkpoint.path), requests, "torch-fp32")
-    results = _pictures(open_pipeline(artifact.path, name), requests, name)
+    try:
+        results = _pictures(open_pipeline(artifact.path, name), requests, name)
+    except QualityError as error:
+        _write_verdict(artifact, name, None, str(error))
+        raise
     quality = _record(artifact, name, requests, references, results, floors)
     reason = shortfall(quality, floors)
     if reason:
@@ -140,16 +144,16 @@ def _record(
     for old in (artifact.path / "quality").glob(f"{name}-*.png"):
         old.unlink()
     _save_evidence(artifact.path / quality.worst_picture, *pairs[worst])
+    _write_verdict(artifact, name, quality, shortfall(quality, floors))
+    return quality
+
+
+def _write_verdict(artifact: Artifact, name: str, quality: Quality | None, reason: str) -> None:
     variant: Variant = artifact.variant(name).model_copy(
-        update={
-            "quality": quality,
-            "accepted": not shortfall(quality, floors),
-            "reason": shortfall(quality, floors),
-        }
+        update={"quality": quality, "accepted": not reason, "reason": reason}
     )
     variants = {**artifact.manifest.variants, name: variant}
     write_manifest(artifact.path, with_variants(artifact.manifest, variants, artifact.path))
-    return quality
 
 
 def _save_evidence(path: Path, reference: Image, result: Image) -> None:

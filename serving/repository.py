@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.artifact import Artifact, is_artifact, read_artifact
-from engine.errors import ArtifactError, OptionError, RuntimeUnavailableError
+from engine.artifact import Artifact, is_artifact, read_artifact, write_manifest
+from engine.errors import ArtifactError, OptionError, QualityError, RuntimeUnavailableError
 from engine.manifest import ModelSpec
 from engine.pipeline import DEFAULT_MAX_ROWS
 
@@ -24,8 +24,9 @@ ARTIFACT = "artifact"
 # Rows of one tick, and the rows that take turns in ticks; all others wait in Triton's queue. Every
 # row handed in costs Triton about 0.1 ms a tick, so more than the network gains from is a loss.
 MAX_ROWS = 2 * DEFAULT_MAX_ROWS
-# How long a tick that is not full waits for rows on their way back from the last one: without it
-# two half-full cohorts alternate. Small against a network call of many rows.
+# How long a tick that is not full waits for more rows. Diffusion: for rows on their way back from
+# the last tick, or two half-full cohorts alternate. GAN: for other requests, or a fast network runs
+# them one by one.
 QUEUE_DELAY_US = 1000
 # Triton ends a sequence that was silent for so long. Ours are silent during a network call, and
 # are ended by us alone: an hour.
@@ -44,10 +45,12 @@ def write_repository(artifacts: Sequence[Path], folder: Path) -> Path:
     """Write `<folder>/<artifact's name>/{config.pbtxt, 1/model.py, 1/artifact/}` for each.
 
     Every artifact is verified first; an older repository at `folder` is replaced, anything else is
-    refused. Raises ArtifactError, OptionError, RuntimeUnavailableError.
+    refused. Raises ArtifactError, OptionError, QualityError, RuntimeUnavailableError.
     """
     verified = [read_artifact(path) for path in artifacts]
     _require_distinct_names(verified)
+    for artifact in verified:
+        _require_not_refused(artifact)
     with _new_repository(folder) as partial:
         for artifact in verified:
             _write_model(artifact, partial / artifact.name)
@@ -74,15 +77,29 @@ def _require_distinct_names(artifacts: Sequence[Artifact]) -> None:
         raise OptionError(f"artifacts must have different names, got '{name}' twice: {paths}")
 
 
+def _require_not_refused(artifact: Artifact) -> None:
+    """An artifact that was never checked is served; one that fell short is not."""
+    selected = artifact.variant()
+    if selected.accepted is False:
+        raise QualityError(
+            f"artifact '{artifact.path}' was refused by vitrine check: {selected.reason} "
+            f"({artifact.manifest.selected}); export it again, or check it against another floor"
+        )
+
+
 def _write_model(artifact: Artifact, folder: Path) -> None:
     version = folder / VERSION
     version.mkdir(parents=True)
     (folder / CONFIG).write_text(config_text(artifact.name, artifact.manifest.model), "utf-8")
     (version / "model.py").write_text(_MODEL_PY, "utf-8")
-    for name in ("manifest.json", *artifact.manifest.files):
+    for name in artifact.manifest.files:
         target = version / ARTIFACT / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(artifact.path / name, target)
+    source = artifact.manifest.source
+    nameless = source.model_copy(update={"path": Path(source.path).name})  # no path of this machine
+    manifest = artifact.manifest.model_copy(update={"source": nameless})
+    write_manifest(version / ARTIFACT, manifest)
     read_artifact(version / ARTIFACT)  # a full disk or a file that changed under the copy
 
 
@@ -111,8 +128,8 @@ def config_text(name: str, model: ModelSpec) -> str:
 
 def _add_batching(config: "ModelConfig", model: ModelSpec) -> None:
     """Step batching where a request takes many steps, dynamic batching where it takes one."""
-    if model.defaults is None:  # no delay: a batch forms while the network is busy
-        config.dynamic_batching.max_queue_delay_microseconds = 0
+    if model.defaults is None:
+        config.dynamic_batching.max_queue_delay_microseconds = QUEUE_DELAY_US
         return
     batching = config.sequence_batching
     batching.iterative_sequence = True

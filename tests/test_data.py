@@ -127,6 +127,11 @@ def test_image_folders_give_a_class_a_folder_and_upright_pictures_of_any_mode(ph
     assert red.min() > 200
 
 
+def test_a_cut_out_product_stands_on_white(photos: Path) -> None:
+    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(photos / "coat" / "zz.png")
+    assert load(photos, channels=3).images[-1].min() == 255
+
+
 def test_a_corrupt_image_is_skipped_by_name_or_refused_if_there_are_too_many(photos: Path) -> None:
     (photos / "bag" / "torn.png").write_bytes((photos / "bag" / "RGB.png").read_bytes()[:40])
     (photos / "bag" / "text.jpg").write_text("not a picture")

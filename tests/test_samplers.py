@@ -350,7 +350,7 @@ def test_the_samplers_that_fit_a_config() -> None:
         ({"_class_name": "PNDMScheduler"}, "_class_name must be one of DDIMScheduler, DDPM"),
         ({}, "_class_name must be one of DDIMScheduler, DDPMScheduler, DPMSolverMultistep"),
         (discrete(beta_schedule="sigmoid"), "beta_schedule must be one of linear, scaled_linear,"),
-        (discrete(beta_start=-1.0), "beta_start must be more than 0, less than 1, got -1.0"),
+        (discrete(beta_start=-1.0), "beta_start must be more than 0 and less than 1, got -1.0"),
         (discrete(trained_betas=[0.1]), "trained_betas must be null, got [0.1]"),
         (discrete(prediction_type="flow_prediction"), "prediction_type must be epsilon, v_pred"),
         (discrete(timestep_spacing="even"), "timestep_spacing must be one of leading, trailing,"),

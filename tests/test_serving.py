@@ -22,9 +22,10 @@ import tritonclient.grpc as triton
 from conftest import LABELS
 from tritonclient.utils import InferenceServerException
 
-from engine.errors import ArtifactError, OptionError, RuntimeUnavailableError
+from engine.errors import ArtifactError, OptionError, QualityError, RuntimeUnavailableError
 from engine.pipeline import Pipeline, open_pipeline
 from engine.request import Request
+from export.gate import Floors, check
 from serving import embedded
 from serving.client import Client
 from serving.repository import write_repository
@@ -70,7 +71,7 @@ def mixed_requests(pipeline: Pipeline, count: int) -> list[tuple[str, Options]]:
 def submit_all(
     client: Client, model: str, requests: list[tuple[str, Options]]
 ) -> list["Future[np.ndarray]"]:
-    return [client.submit(model, label, **options) for label, options in requests]
+    return [client.submit(model, label, **options, timeout_s=60) for label, options in requests]
 
 
 def label_json(**changes: object) -> dict[str, object]:
@@ -366,10 +367,21 @@ def test_the_model_processes_have_no_torch(server: Server, repository: Path) -> 
 
 def test_a_repository_carries_no_path_of_this_machine(repository: Path) -> None:
     for path in repository.rglob("*"):
-        if path.name in ("config.pbtxt", "model.py"):
+        if path.name in ("config.pbtxt", "model.py", "manifest.json"):
             assert str(Path.cwd()) not in path.read_text()
             assert str(repository.parent) not in path.read_text()
         assert not path.is_symlink()
+
+
+def test_an_artifact_that_fell_short_is_not_served(
+    diffusion_artifact: Path, tmp_path: Path
+) -> None:
+    artifact = shutil.copytree(diffusion_artifact, tmp_path / "artifact")
+    with pytest.raises(QualityError):
+        check(artifact, pictures=1, floors=Floors(psnr_db=199))
+    with pytest.raises(QualityError, match="was refused by vitrine check: PSNR .* is below"):
+        write_repository([artifact], tmp_path / "repository")
+    assert not (tmp_path / "repository").exists()
 
 
 def test_a_damaged_artifact_is_refused_and_nothing_is_written(
@@ -564,9 +576,14 @@ def test_serve_ends_with_code_2_when_triton_dies(gan_artifact: Path, tmp_path: P
     with serve(tmp_path, str(gan_artifact), "--repository", str(repository)) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        for pid in triton_processes(repository):
-            os.kill(pid, signal.SIGKILL)
+        (triton_pid,) = (
+            pid
+            for pid in triton_processes(repository)
+            if b"/bin/tritonserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+        os.kill(triton_pid, signal.SIGKILL)
         assert process.wait(30) == 2
+        assert not triton_processes(repository)  # its stub neither
         assert process.stderr is not None
         assert "Triton ended with code -9" in process.stderr.read()
     assert [path.name for path in tmp_path.iterdir()] == ["repository"]

@@ -139,7 +139,7 @@ def test_a_failed_network_call_fails_its_rows_and_drops_their_state(model, monke
 
 
 def test_a_cancelled_row_is_answered_and_its_neighbour_goes_on(model) -> None:
-    cancelled, neighbour = rows = requests(2, steps=3)
+    cancelled, _ = rows = requests(2, steps=3)
     model.execute(rows)
     cancelled.cancelled = True
     responses = model.execute(rows)

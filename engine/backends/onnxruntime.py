@@ -18,6 +18,7 @@ class OnnxRuntimeBackend:
             raise RuntimeUnavailableError(
                 "onnxruntime is not installed; pip install 'vitrine[cpu]'"
             ) from None
+        onnxruntime.disable_telemetry_events()
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path), providers=["CPUExecutionProvider"]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from engine.errors import ArtifactError
 from engine.manifest import ImageSpec, ModelSpec, NetworkSpec, TensorSpec
 from engine.noise import noise
 from engine.request import Request
@@ -13,8 +14,13 @@ NETWORK = "generator"
 
 
 def describe(configs: Mapping[str, dict[str, object]], labels: tuple[str, ...]) -> ModelSpec:
-    """The model that a checkpoint's `generator/config.json` describes."""
+    """The model that a checkpoint's `generator/config.json` describes. Raises ArtifactError."""
     config = configs[NETWORK]
+    if config["num_class_embeds"] != len(labels):
+        raise ArtifactError(
+            f"generator/config.json has num_class_embeds {config['num_class_embeds']}, but "
+            f"labels.json names {len(labels)} labels; it must have as many"
+        )
     size = 4 * 2 ** (len(config["block_out_channels"]) - 1)  # type: ignore[arg-type]
     channels, latent_size = int(config["out_channels"]), int(config["latent_size"])  # type: ignore[call-overload]
     network = NetworkSpec(

@@ -10,6 +10,11 @@ from engine.checkpoint import WEIGHTS, read_json
 from engine.errors import ArtifactError
 from engine.networks.gan import Generator
 
+# what diffusers raises for a config whose values do not fit each other is not documented
+_LOAD_ERRORS = (
+    SafetensorError, OSError, RuntimeError, TypeError, ValueError, ArithmeticError, LookupError,
+)  # fmt: skip
+
 
 class ClassUNet(nn.Module):
     """`sample [B, C, H, W]`, `timestep [B]`, `label [B]` -> raw prediction `[B, C, H, W]`."""
@@ -35,6 +40,7 @@ def load_network(folder: Path) -> nn.Module:
         with safe_open(folder / WEIGHTS, "pt") as file:
             weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
         network.load_state_dict(weights)
-    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ArtifactError(f"'{folder}' does not load: {error}") from None
+    except _LOAD_ERRORS as error:
+        reason = " ".join(str(error).split("\n\t")[:2])  # torch lists every tensor that differs
+        raise ArtifactError(f"'{folder}' does not load: {reason}") from None
     return network if architecture is Generator else ClassUNet(network)

@@ -107,11 +107,12 @@ def read_config(
         raise OptionError(f"config '{path}' does not exist") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise OptionError(f"config '{path}' is not readable TOML: {error}") from None
-    if data_path is not None:
-        values.setdefault("data", {})["path"] = data_path
+    data = values.setdefault("data", {})
+    if data_path is not None and isinstance(data, dict):
+        data["path"] = data_path
     if steps is not None:
         values["steps"] = steps
     kind = values.get("kind")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise OptionError(f"{path}: kind must be one of {', '.join(_KINDS)}, got {kind!r}")
     return _KINDS[kind].parse(values, str(path))

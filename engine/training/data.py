@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from engine.errors import ArtifactError, OptionError
 from engine.training.config import DataConfig
@@ -105,7 +105,8 @@ def _load_image_folders(folder: Path, config: DataConfig) -> Dataset:
             try:
                 images.append(_read_image(path, config))
                 labels.append(index)
-            except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError):
+            # a damaged PNG chunk is a SyntaxError to Pillow
+            except (OSError, SyntaxError, Image.DecompressionBombError, ValueError):
                 skipped.append(str(path.relative_to(folder)))
     if not images:
         raise ArtifactError(
@@ -125,7 +126,14 @@ def _load_image_folders(folder: Path, config: DataConfig) -> Dataset:
 def _read_image(path: Path, config: DataConfig) -> NDArray[np.uint8]:
     """One image as `[C, resolution, resolution]`: upright, centre-cropped, antialiased."""
     with Image.open(path) as opened:
-        upright = ImageOps.exif_transpose(opened).convert("RGB" if config.channels == 3 else "L")
+        upright = ImageOps.exif_transpose(opened)
+        if upright.mode.startswith("I"):  # 16 bits a pixel: Pillow's convert would cut at 255
+            upright = Image.fromarray((np.asarray(upright) // 256).clip(0, 255).astype(np.uint8))
+        if upright.has_transparency_data:  # a cut-out product stands on white
+            cutout = upright.convert("RGBA")
+            white = Image.new("RGBA", cutout.size, "white")
+            upright = Image.alpha_composite(white, cutout)
+        upright = upright.convert("RGB" if config.channels == 3 else "L")
     size = (config.resolution, config.resolution)
     fitted = np.asarray(ImageOps.fit(upright, size, Image.Resampling.LANCZOS))
     return fitted.reshape(*size, config.channels).transpose(2, 0, 1)

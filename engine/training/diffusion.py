@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.checkpoint import save_checkpoint
+from engine.errors import OptionError
 from engine.training.config import DiffusionConfig, UNetConfig
 from engine.training.optimize import adam, clip_and_step, update_ema
 
 
 def build_unet(config: UNetConfig, channels: int, resolution: int, classes: int) -> UNet2DModel:
     """diffusers' `UNet2DModel` with `classes + 1` labels: the last one means "no label"."""
+    _refuse_misfit(config, resolution)
     levels = len(config.block_out_channels)
     plain = levels - config.attention_levels
     attends = [level >= plain for level in range(levels)]
@@ -31,6 +33,26 @@ def build_unet(config: UNetConfig, channels: int, resolution: int, classes: int)
         norm_num_groups=config.norm_num_groups,
         num_class_embeds=classes + 1,
     )
+
+
+def _refuse_misfit(config: UNetConfig, resolution: int) -> None:
+    """Sizes that would fail inside diffusers: while it is built, or at the first step."""
+    channels, groups = config.block_out_channels, config.norm_num_groups
+    if not channels or resolution % 2 ** (len(channels) - 1):
+        raise OptionError(
+            f"network.block_out_channels must have at least 1 level, and every further one halves "
+            f"data.resolution {resolution} without a remainder, got {len(channels)} levels"
+        )
+    if any(count % groups for count in channels):
+        raise OptionError(
+            f"network.norm_num_groups must divide block_out_channels {channels}, got {groups}"
+        )
+    attending = channels[-max(config.attention_levels, 1) :]  # the middle block always attends
+    if config.attention_head_dim > min(attending):
+        raise OptionError(
+            f"network.attention_head_dim must be 1..{min(attending)}, the fewest channels that "
+            f"attend, got {config.attention_head_dim}"
+        )
 
 
 class DiffusionTrainer:

@@ -56,7 +56,8 @@ def train(config: DiffusionConfig | GanConfig, folder: Path, console: Console) -
     writer = SummaryWriter(str(folder / "training" / "log"), purge_step=step)
     with _progress(console) as bar, _stop_signals() as stopped:
         task = bar.add_task("training", total=config.steps, completed=step)
-        while step < config.steps and not stopped:
+        stopping = False
+        while step < config.steps and not stopping:
             scalars = trainer.step(*_batch(dataset, config, step, device), step)
             step += 1
             for name, value in scalars.items():
@@ -66,7 +67,8 @@ def train(config: DiffusionConfig | GanConfig, folder: Path, console: Console) -
             label = next(iter(scalars))
             bar.update(task, completed=step, description=f"{label} {scalars[label]:.4f}")
             sampling = step % config.sample_every == 0 or step == config.steps
-            if sampling or stopped or step % config.save_every == 0:
+            stopping = bool(stopped)
+            if sampling or stopping or step % config.save_every == 0:
                 trainer.save(folder)
                 save_state(state_path, trainer.modules(), trainer.optimizers(), config, step)
             if sampling:
@@ -90,14 +92,15 @@ def _batch(
     rows = batch_indices(len(dataset.images), config.batch_size, config.seed, step)
     images = torch.from_numpy(to_network_range(dataset.images[rows])).to(device)
     labels = torch.from_numpy(dataset.labels[rows]).to(device)
-    generator = torch.Generator().manual_seed(config.seed * 2**32 + step)
+    # torch's CPU generator takes the low 32 bits: an odd factor spreads the seeds over them
+    generator = torch.Generator().manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)
     return images.to(memory_format=torch.channels_last), labels, generator
 
 
 def _refuse_divergence(step: int, scalars: dict[str, float]) -> None:
     raise QualityError(
-        f"training diverged at step {step} ({scalars}); lower optimizer.learning_rate and go on "
-        "from the last checkpoint"
+        f"training diverged at step {step} ({scalars}); lower optimizer.learning_rate and train "
+        "into another --output"
     )
 
 

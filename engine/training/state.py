@@ -46,7 +46,8 @@ def load_state(
 ) -> int:
     """Load what `save_state` wrote and return its step; 0 where there is none.
 
-    Raises ArtifactError for a damaged file, OptionError where the config has changed.
+    Raises ArtifactError for a damaged file or another number of classes, OptionError where the
+    config has changed.
     """
     if not path.exists():
         return 0
@@ -54,13 +55,20 @@ def load_state(
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        saved, step = json.loads(metadata["config"]), int(metadata["step"])
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise ArtifactError(
             f"training state '{path}' is damaged: {error}; delete it to start again"
         ) from None
-    _refuse_other_config(json.loads(metadata["config"]), config, path)
+    _refuse_other_config(saved, config, path)
     for name, module in modules.items():
-        module.load_state_dict(_under(tensors, f"module/{name}/"))
+        try:
+            module.load_state_dict(_under(tensors, f"module/{name}/"))
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"training state '{path}' does not fit: {str(error).splitlines()[-1].strip()}; "
+                "restore the data folder's classes or choose another --output"
+            ) from None
     for name, optimizer in optimizers.items():
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in _under(tensors, f"optimizer/{name}/").items():
@@ -68,7 +76,7 @@ def load_state(
             state.setdefault(int(index), {})[field] = value
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return int(metadata["step"])
+    return step
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,102 @@
+"""The command as a user runs it: exit codes, messages, and what is left behind."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def vitrine(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vitrine", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_export_check_and_generate_print_one_json_document(
+    diffusion_checkpoint: Path, tmp_path: Path
+) -> None:
+    artifact = tmp_path / "artifact"
+    done = vitrine("export", diffusion_checkpoint, "--output", artifact, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"artifact": str(artifact), "variants": ["onnxruntime-fp32"]}
+    done = vitrine("check", artifact, "--pictures", 4, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["psnr_db_min"] >= 60
+    short = vitrine("check", artifact, "--pictures", 2, "--floor-psnr-db", 199, "--json")
+    assert short.returncode == 1
+    assert "is below the floor 199.0 dB" in json.loads(short.stdout)["error"]
+    assert "is below the floor 199.0 dB" in short.stderr.replace("\n", " ")
+    pictures = {}
+    for model in (diffusion_checkpoint, artifact):
+        folder = tmp_path / "pictures" / model.name
+        done = vitrine(
+            "generate", model, "--label", "bag", "--seed", 5, "--count", 2, "--steps", 4,
+            "--guidance-scale", 2, "--sampler", "euler", "--output", folder, "--json",
+        )  # fmt: skip
+        assert json.loads(done.stdout) == {"files": [f"{folder}/5.png", f"{folder}/6.png"]}
+        pictures[model] = np.asarray(Image.open(folder / "6.png")).astype(int)
+    of_torch, of_artifact = pictures.values()
+    assert np.abs(of_torch - of_artifact).max() <= 1  # a rounding apart at most
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--label", "hat"), "label must be one of bag, boot, coat, got 'hat'"),
+        (("--label", "bag", "--sampler", "x"), "sampler must be one of ddim, euler, dpmpp_2m"),
+        (("--label", "bag", "--steps", 0), "num_inference_steps must be 1..1000, got 0"),
+        (("--label", "bag", "--steps", 1001), "num_inference_steps must be 1..1000, got 1001"),
+        (("--label", "bag", "--guidance-scale", "nan"), "guidance_scale must be a finite number"),
+        (("--label", "bag", "--guidance-scale", "inf"), "guidance_scale must be a finite number"),
+        (("--label", "bag", "--seed", -1), "seed must be 0..9223372036854775807, got -1"),
+        (("--label", "bag", "--variant", "int8"), "variant must be one of onnxruntime-fp32"),
+        (("--label", "bag", "--count", 0), "--count"),
+        (("--label", "bag", "--colour", "red"), "--colour"),
+        ((), "--label"),
+    ],
+    ids=str,
+)
+def test_a_wrong_generate_exits_2_with_a_reason_and_leaves_nothing(
+    arguments: tuple[object, ...], message: str, diffusion_artifact: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "pictures"
+    done = vitrine("generate", diffusion_artifact, *arguments, "--output", output)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not output.exists()
+
+
+def test_an_error_is_the_json_document_too(tmp_path: Path) -> None:
+    done = vitrine("export", tmp_path / "none", "--output", tmp_path / "out", "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout) == {"error": f"'{tmp_path / 'none'}' does not exist"}
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_artifact_is_refused_by_every_command_that_reads_one(
+    diffusion_artifact: Path, tmp_path: Path
+) -> None:
+    artifact = shutil.copytree(diffusion_artifact, tmp_path / "artifact")
+    network = artifact / "onnxruntime-fp32" / "unet.onnx"
+    network.write_bytes(network.read_bytes()[:-1])
+    for command in (
+        ("generate", artifact, "--label", "bag", "--output", tmp_path / "out"),
+        ("check", artifact),
+        ("serve", artifact, "--repository", tmp_path / "repository"),
+    ):
+        done = vitrine(*command)
+        assert done.returncode == 2
+        assert "unet.onnx does not match its manifest" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "export", "check", "serve", "demo"])
+def test_every_command_explains_itself_and_takes_json(command: str) -> None:
+    done = vitrine(command, "--help")
+    assert done.returncode == 0
+    assert "--json" in done.stdout
