@@ -1,6 +1,8 @@
 """The command `vitrine`: joins the commands of engine, export, serving and benchmarks."""
 
+import signal
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -22,14 +24,48 @@ for commands in (engine.commands, export.commands, serving.commands, benchmarks.
     app.add_typer(commands.app)
 
 
+# The extra that brings a module; a module that is not here is a bug of ours, not of the user's.
+EXTRAS = {
+    "torch": "train",
+    "diffusers": "train",
+    "safetensors": "train",
+    "tensorboard": "train",
+    "onnx": "export",
+    "onnxscript": "export",
+    "skimage": "export",
+    "onnxruntime": "cpu",
+    "tritonclient": "triton",
+}
+
+
 def main() -> None:
     """Run the command line; exit 0 good, 1 a check fell short, 2 wrong use."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     try:
         app()
+    except SystemExit as leaving:  # typer has said on stderr what is wrong
+        if leaving.code == 2:
+            emit({"error": "wrong use of the command; stderr says how"}, as_json=_wants_json())
+        raise
     except VitrineError as error:
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        emit({"error": str(error)}, as_json="--json" in sys.argv)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        module = (error.name or "").split(".")[0]
+        if module not in EXTRAS:
+            raise
+        _fail(f"{module} is not installed; pip install 'vitrine[{EXTRAS[module]}]'", 2)
+    except OSError as error:
+        _fail(f"{error.strerror or error}: '{error.filename}'" if error.filename else str(error), 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    console.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    emit({"error": message}, as_json=_wants_json())
+    sys.exit(code)
+
+
+def _wants_json() -> bool:
+    return "--json" in sys.argv
 
 
 if __name__ == "__main__":

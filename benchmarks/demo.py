@@ -18,12 +18,13 @@ from engine.manifest import Quality
 from engine.pipeline import open_pipeline
 from engine.request import Request
 from export.build import export
-from export.gate import check, gate_requests
+from export.gate import Floors, check, gate_requests
 from serving.client import Client
 from serving.repository import write_repository
 from serving.server import Server
 
 REQUESTS = 32  # a model
+PARITY = Floors(psnr_db=60.0, ssim=0.9999)  # fp32 against fp32
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _export_and_check(checkpoint: Path, output: Path) -> Quality:
     console.print(f"export {checkpoint}")
     export(checkpoint, artifact)
     console.print(f"check  {artifact}")
-    return check(artifact, checkpoint, REQUESTS)
+    return check(artifact, checkpoint, REQUESTS, PARITY)
 
 
 def _serve(artifacts: Sequence[Path], repository: Path) -> dict[str, Served]:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,16 +113,22 @@ def new_artifact(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(0o755)  # mkdtemp makes it private
-        _swap(partial, folder)
+        replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _swap(partial: Path, folder: Path) -> None:
-    old = partial.with_name(partial.name + ".old")
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Rename `partial` to `folder`; what was there is removed, or put back if that fails."""
+    old = folder.with_name(f".{folder.name}-{os.getpid()}.old")
     if folder.exists():
         os.replace(folder, old)
-    os.replace(partial, folder)
+    try:
+        os.replace(partial, folder)
+    except BaseException:
+        if old.exists():
+            os.replace(old, folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -131,8 +137,3 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     partial = folder / f".{MANIFEST}.partial"
     write_json(partial, manifest.model_dump(mode="json"))
     os.replace(partial, folder / MANIFEST)
-
-
-def with_variants(manifest: Manifest, variants: Mapping[str, Variant], folder: Path) -> Manifest:
-    """The manifest with other variants and the hashes of the files as they are now."""
-    return manifest.model_copy(update={"variants": dict(variants), "files": hash_files(folder)})

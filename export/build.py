@@ -17,6 +17,8 @@ def export(checkpoint_path: Path, artifact_path: Path) -> Artifact:
 
     Raises ArtifactError, OptionError; an artifact that was there before stays whole.
     """
+    import onnxruntime
+
     checkpoint = read_checkpoint(checkpoint_path)
     source = Source(path=checkpoint_path.as_posix(), sha256=checkpoint.sha256())
     with new_artifact(artifact_path) as folder:
@@ -27,7 +29,7 @@ def export(checkpoint_path: Path, artifact_path: Path) -> Artifact:
         variant = Variant(
             runtime="onnxruntime",
             precision="fp32",
-            runtime_version=version("onnxruntime"),
+            runtime_version=onnxruntime.__version__,
             networks=files,
         )
         manifest = Manifest(

@@ -34,8 +34,10 @@ def check(
         Path | None, typer.Option(help="where its checkpoint is, if that has moved")
     ] = None,
     pictures: Annotated[int, typer.Option(min=1, help="one a seed, from 0")] = 32,
-    floor_psnr_db: Annotated[float, typer.Option(help="for the worst picture")] = 35.0,
-    floor_ssim: Annotated[float, typer.Option(help="for the mean")] = 0.98,
+    floor_psnr_db: Annotated[
+        float | None, typer.Option(help="for the worst picture; default 35")
+    ] = None,
+    floor_ssim: Annotated[float | None, typer.Option(help="for the mean; default 0.98")] = None,
     variant: Annotated[str | None, typer.Option(help="default: the selected one")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -43,10 +45,12 @@ def check(
     from export.gate import Floors
     from export.gate import check as compare
 
+    given = {"psnr_db": floor_psnr_db, "ssim": floor_ssim}
+    floors = Floors.parse(
+        {key: value for key, value in given.items() if value is not None}, "floor"
+    )
     with console.status(f"checking {artifact}"):
-        quality = compare(
-            artifact, checkpoint, pictures, Floors(floor_psnr_db, floor_ssim), variant
-        )
+        quality = compare(artifact, checkpoint, pictures, floors, variant)
     console.print(
         f"{artifact}: PSNR at least {quality.psnr_db_min:.1f} dB (seed {quality.worst_seed}), "
         f"mean SSIM {quality.ssim_mean:.6f} over {quality.pictures} pictures; "

@@ -1,17 +1,19 @@
 """The gate: an artifact's pictures against the fp32 torch reference with the same start noise."""
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from engine.artifact import Artifact, read_artifact, with_variants, write_manifest
-from engine.checkpoint import Checkpoint, read_checkpoint
+from engine.artifact import Artifact, read_artifact, write_manifest
+from engine.checkpoint import Checkpoint, file_sha256, read_checkpoint
 from engine.errors import ArtifactError, QualityError
 from engine.images import grid, to_uint8
-from engine.manifest import ModelSpec, Quality, Variant
+from engine.manifest import ModelSpec, Quality
+from engine.options import Options
 from engine.pipeline import Pipeline, open_pipeline
 from engine.quality import psnr_db, ssim
 from engine.request import Request
@@ -19,12 +21,11 @@ from engine.request import Request
 Image = NDArray[np.float32]  # [H, W, C] in [0, 1]
 
 
-@dataclass(frozen=True)
-class Floors:
-    """The least that a variant must reach: PSNR of the worst picture, mean SSIM."""
+class Floors(Options):
+    """The least that a variant must reach."""
 
-    psnr_db: float = 35.0
-    ssim: float = 0.98
+    psnr_db: float = Field(35.0, ge=0, description="for the worst picture")
+    ssim: float = Field(0.98, ge=-1, description="for the mean")
 
 
 def check(
@@ -139,30 +140,45 @@ def _record(
         ssim_min=min(ssims),
         ssim_mean=float(np.mean(ssims)),
         worst_seed=requests[worst].seed,
-        worst_picture=f"quality/{name}-{requests[worst].seed}.png",
+        worst_picture=_save_evidence(
+            artifact.path, f"{name}-{requests[worst].seed}", *pairs[worst]
+        ),
     )
-    for old in (artifact.path / "quality").glob(f"{name}-*.png"):
-        old.unlink()
-    _save_evidence(artifact.path / quality.worst_picture, *pairs[worst])
     _write_verdict(artifact, name, quality, shortfall(quality, floors))
     return quality
 
 
 def _write_verdict(artifact: Artifact, name: str, quality: Quality | None, reason: str) -> None:
-    variant: Variant = artifact.variant(name).model_copy(
-        update={"quality": quality, "accepted": not reason, "reason": reason}
-    )
-    variants = {**artifact.manifest.variants, name: variant}
-    write_manifest(artifact.path, with_variants(artifact.manifest, variants, artifact.path))
+    """Write the verdict into the manifest; only then does the older evidence go."""
+    before = artifact.variant(name)
+    after = before.model_copy(update={"quality": quality, "accepted": not reason, "reason": reason})
+    files = dict(artifact.manifest.files)
+    old = before.quality.worst_picture if before.quality else None
+    if old:
+        files.pop(old, None)
+    if quality:
+        files[quality.worst_picture] = file_sha256(artifact.path / quality.worst_picture)
+    variants = {**artifact.manifest.variants, name: after}
+    update = {"variants": variants, "files": files}
+    write_manifest(artifact.path, artifact.manifest.model_copy(update=update))
+    if old and old not in files:
+        (artifact.path / old).unlink(missing_ok=True)
 
 
-def _save_evidence(path: Path, reference: Image, result: Image) -> None:
-    """reference | result | their difference, stretched so that its largest value is white."""
+def _save_evidence(folder: Path, name: str, reference: Image, result: Image) -> str:
+    """reference | result | their difference, stretched so that its largest value is white.
+
+    The file's name ends with a part of its hash, so that older evidence stays what it is.
+    """
     difference = np.abs(reference - result)
     largest = float(difference.max())
     stretched = difference / largest if largest else difference
     panels = [to_uint8(panel) for panel in (reference, result, stretched)]
     scale = max(1, 192 // max(reference.shape[:2]))
     captions = ["reference", "result", f"difference, max {largest:.1e}"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid(panels, 3, captions, scale).save(path)
+    (folder / "quality").mkdir(exist_ok=True)
+    partial = folder / "quality" / f"{name}.partial.png"
+    grid(panels, 3, captions, scale).save(partial)
+    path = f"quality/{name}-{file_sha256(partial)[:8]}.png"
+    os.replace(partial, folder / path)
+    return path

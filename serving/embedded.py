@@ -143,6 +143,8 @@ def _bind(held: ExitStack, host: str, name: str, port: int) -> int:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
     try:
         listener.bind((host, port))
+    except socket.gaierror:
+        raise OptionError(f"host must be an IPv4 address of this machine, got {host!r}") from None
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else "a port must be 0..65535"
         raise RuntimeUnavailableError(

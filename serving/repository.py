@@ -1,6 +1,6 @@
 """Artifacts to a Triton model repository: verified, self-contained, written whole or not at all."""
 
-import os
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -9,7 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.artifact import Artifact, is_artifact, read_artifact, write_manifest
+from engine.artifact import (
+    Artifact,
+    is_artifact,
+    read_artifact,
+    replace_folder,
+    write_manifest,
+)
 from engine.errors import ArtifactError, OptionError, QualityError, RuntimeUnavailableError
 from engine.manifest import ModelSpec
 from engine.pipeline import DEFAULT_MAX_ROWS
@@ -19,6 +25,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.pbtxt"
 VERSION = "1"
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # goes into URLs and command lines
 ARTIFACT = "artifact"
 
 # Rows of one tick, and the rows that take turns in ticks; all others wait in Triton's queue. Every
@@ -71,6 +78,12 @@ def repository_models(folder: Path) -> dict[str, ModelSpec]:
 def _require_distinct_names(artifacts: Sequence[Artifact]) -> None:
     if not artifacts:
         raise OptionError("there must be at least one artifact to serve")
+    for artifact in artifacts:
+        if not _MODEL_NAME.fullmatch(artifact.name):
+            raise OptionError(
+                "the folder of an artifact names its model: letters, digits, '.', '_' and '-' "
+                f"only, got '{artifact.name}'; rename it"
+            )
     (name, count), *_ = Counter(artifact.name for artifact in artifacts).most_common(1)
     if count > 1:
         paths = ", ".join(str(artifact.path) for artifact in artifacts if artifact.name == name)
@@ -147,9 +160,7 @@ def _new_repository(folder: Path) -> Iterator[Path]:
         partial = Path(name) / "new"
         partial.mkdir()
         yield partial
-        if folder.exists():
-            os.replace(folder, Path(name) / "old")
-        os.replace(partial, folder)
+        replace_folder(partial, folder)
 
 
 def _require_replaceable(folder: Path) -> None:

@@ -100,3 +100,32 @@ def test_every_command_explains_itself_and_takes_json(command: str) -> None:
     done = vitrine(command, "--help")
     assert done.returncode == 0
     assert "--json" in done.stdout
+
+
+def test_a_missing_extra_a_bad_floor_and_an_unwritable_output_are_one_error_each(
+    diffusion_artifact: Path, diffusion_checkpoint: Path, tmp_path: Path
+) -> None:
+    blocked = "import sys; sys.modules[{!r}] = None; import vitrine; vitrine.main()"
+    for module, extra, command in (
+        ("torch", "train", ["export", str(diffusion_checkpoint), "--output", str(tmp_path / "a")]),
+        ("skimage", "export", ["check", str(diffusion_artifact), "--pictures", "1"]),
+        ("onnxruntime", "cpu", ["export", str(diffusion_checkpoint), "--output", "a"]),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", blocked.format(module), *command],
+            capture_output=True, text=True, check=False, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert f"{module} is not installed; pip install 'vitrine[{extra}]'" in done.stderr
+    (tmp_path / "file").touch()
+    done = vitrine("export", diffusion_checkpoint, "--output", tmp_path / "file" / "x", "--json")
+    assert done.returncode == 2
+    assert str(tmp_path / "file") in json.loads(done.stdout)["error"]
+    done = vitrine("check", diffusion_artifact, "--floor-psnr-db", "nan", "--json")
+    assert done.returncode == 2
+    assert "psnr_db must be a finite number, got nan" in json.loads(done.stdout)["error"]
+    done = vitrine("check", diffusion_artifact, "--pictures", "many", "--json")
+    assert done.returncode == 2
+    assert "wrong use" in json.loads(done.stdout)["error"]
+    assert "--pictures" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -159,3 +159,13 @@ def test_every_epoch_has_every_photo_once_in_an_order_of_its_own() -> None:
 
 def test_network_range_is_minus_one_to_one() -> None:
     assert to_network_range(np.array([0, 255], np.uint8)).tolist() == [-1, 1]
+
+
+def test_hidden_folders_are_no_classes_and_an_empty_class_is_named(photos: Path) -> None:
+    (photos / ".cache").mkdir()
+    assert load(photos).names == ("bag", "coat")
+    with pytest.raises(OptionError, match="image folders name their classes"):
+        load(photos, labels=["x", "y"])
+    (photos / "dress").mkdir()
+    with pytest.raises(ArtifactError, match="classes without a readable image: dress"):
+        load(photos)

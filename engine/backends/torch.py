@@ -27,7 +27,6 @@ class TorchBackend:
     def __init__(self, module: nn.Module, spec: NetworkSpec) -> None:
         self._module = module
         self._spec = spec
-        self._device = next(module.parameters()).device
 
     @classmethod
     def load(cls, path: Path, spec: NetworkSpec) -> "TorchBackend":
@@ -44,12 +43,12 @@ class TorchBackend:
 
     def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
         values = [
-            torch.from_numpy(np.ascontiguousarray(feed[tensor.name])).to(self._device)
+            torch.from_numpy(np.ascontiguousarray(feed[tensor.name]))
             for tensor in self._spec.inputs
         ]
         with torch.inference_mode():
             output = self._module(*values)
-        return {self._spec.outputs[0].name: output.float().cpu().numpy()}
+        return {self._spec.outputs[0].name: output.float().numpy()}
 
     def close(self) -> None:
         del self._module

@@ -96,7 +96,9 @@ def _fit(pixels: NDArray[np.uint8], resolution: int) -> NDArray[np.uint8]:
 
 
 def _load_image_folders(folder: Path, config: DataConfig) -> Dataset:
-    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    classes = sorted(
+        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
     images, labels, skipped = [], [], []
     for index, class_folder in enumerate(classes):
         for path in sorted(class_folder.rglob("*")):
@@ -120,6 +122,11 @@ def _load_image_folders(folder: Path, config: DataConfig) -> Dataset:
             "mend them or raise data.max_skipped"
         )
     names = tuple(path.name for path in classes)
+    empty = [name for index, name in enumerate(names) if index not in labels]
+    if empty:
+        raise ArtifactError(f"'{folder}' has classes without a readable image: {', '.join(empty)}")
+    if config.labels:
+        raise OptionError("data.labels is for idx files; image folders name their classes")
     return Dataset(np.stack(images), np.asarray(labels, np.int64), names, tuple(skipped))
 
 

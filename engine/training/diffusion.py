@@ -109,8 +109,11 @@ class DiffusionTrainer:
 
     def save(self, folder: Path) -> None:
         """Write the EMA weights as a diffusers checkpoint."""
+        # DDIMPipeline would turn a flow scheduler into DDIM; DDPMPipeline takes any
+        flow = self.config.prediction_type == "flow_prediction"
+        pipeline_class = "DDPMPipeline" if flow else "DDIMPipeline"
         save_checkpoint(
-            folder, "DDIMPipeline", {"unet": self.ema}, self.names, scheduler=self.scheduler
+            folder, pipeline_class, {"unet": self.ema}, self.names, scheduler=self.scheduler
         )
 
 
