@@ -31,7 +31,7 @@ def _print_table(report: dict[str, Any]) -> None:
 
     table = Table(box=box.SIMPLE)
     table.add_column("model", no_wrap=True)
-    for column in ("PSNR dB", "SSIM", "identical", "rows/tick", "p50 ms", "p95 ms"):
+    for column in ("PSNR dB", "SSIM", "same", "rows/tick", "p50 ms", "p95 ms"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, served in report["served"].items():
         parity = report["parity"][name]

@@ -23,8 +23,8 @@ def test_the_demo_serves_every_picture_as_it_was_made_alone(tmp_path: Path) -> N
         assert parity["psnr_db_min"] >= 60
         assert parity["ssim_min"] >= 0.9999
         assert served["requests"] == served["byte_identical"] == 32
-        # a GAN answers faster than one client asks, so its batches depend on the machine
-        assert served["rows_per_tick"] >= (8 if model == "fashion-diffusion" else 2)
+        # a GAN answers as fast as one client asks, so its batches depend on the machine
+        assert served["rows_per_tick"] >= (8 if model == "fashion-diffusion" else 1.2)
         assert 0 < served["p50_ms"] <= served["p95_ms"]
     width, height = Image.open(tmp_path / "gallery.png").size
     assert width >= 8 * 96
