@@ -53,10 +53,11 @@ def run_demo(checkpoints: Path, output: Path) -> dict[str, object]:
         )
     parity = {source.name: _export_and_check(source, output) for source in sources}
     artifacts = [output / "artifacts" / source.name for source in sources]
-    served = _serve(artifacts, output / "repository")
+    ready_seconds, served = _serve(artifacts, output / "repository")
     report: dict[str, object] = {
         "parity": {name: quality.model_dump() for name, quality in parity.items()},
         "served": {name: _figures(result) for name, result in served.items()},
+        "ready_seconds": round(ready_seconds, 1),
         "seconds": round(time.perf_counter() - started, 1),
         "machine": machine(),
     }
@@ -82,14 +83,19 @@ def _export_and_check(checkpoint: Path, output: Path) -> Quality:
     return check(artifact, checkpoint, REQUESTS, PARITY)
 
 
-def _serve(artifacts: Sequence[Path], repository: Path) -> dict[str, Served]:
-    """Serve the artifacts and send every model its requests, all at once."""
+def _serve(artifacts: Sequence[Path], repository: Path) -> tuple[float, dict[str, Served]]:
+    """Serve the artifacts and send every model its requests, all at once.
+
+    Also returns the seconds from the start of Triton to its first pictures.
+    """
     write_repository(artifacts, repository)
     started = time.perf_counter()
     with Server(repository, http_port=0, grpc_port=0, metrics_port=0) as server:
-        console.print(f"ready  {time.perf_counter() - started:.1f} s after the start of Triton")
+        ready_seconds = time.perf_counter() - started
+        console.print(f"ready  {ready_seconds:.1f} s after the start of Triton")
         with Client(server.grpc_url) as client:
-            return {path.name: _request_all(server, client, path) for path in artifacts}
+            served = {path.name: _request_all(server, client, path) for path in artifacts}
+            return ready_seconds, served
 
 
 def _request_all(server: Server, client: Client, artifact: Path) -> Served:

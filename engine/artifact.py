@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.checkpoint import file_sha256, read_json, write_json
-from engine.errors import ArtifactError, OptionError
+from engine.errors import ArtifactError, OptionError, QualityError
 from engine.manifest import FORMAT, Manifest, Variant
 
 MANIFEST = "manifest.json"
@@ -28,12 +28,20 @@ class Artifact:
         return self.path.resolve().name
 
     def variant(self, name: str | None = None) -> Variant:
-        """The named variant, by default the selected one. Raises OptionError."""
+        """The named variant, by default the selected one.
+
+        Raises OptionError, and QualityError where the selected one fell short of a check.
+        """
         variants = self.manifest.variants
-        name = name or self.manifest.selected
-        if name not in variants:
+        if name is not None and name not in variants:
             raise OptionError(f"variant must be one of {', '.join(variants)}, got {name!r}")
-        return variants[name]
+        chosen = variants[name or self.manifest.selected]
+        if name is None and chosen.accepted is False:
+            raise QualityError(
+                f"artifact '{self.path}' was refused by vitrine check: {chosen.reason} "
+                f"({self.manifest.selected}); export it again, or check it against another floor"
+            )
+        return chosen
 
 
 def is_artifact(folder: Path) -> bool:
@@ -46,6 +54,11 @@ def read_artifact(folder: Path) -> Artifact:
 
     Raises ArtifactError that names the file and the command that mends it.
     """
+    if not is_artifact(folder) and (folder / "model_index.json").is_file():
+        raise ArtifactError(
+            f"'{folder}' is a checkpoint, not an artifact; export it first: "
+            f"vitrine export {folder} --output artifacts/{folder.name}"
+        )
     values = read_json(folder / MANIFEST, folder)
     if values.get("format") != FORMAT:
         raise ArtifactError(

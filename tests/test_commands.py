@@ -30,6 +30,11 @@ def test_export_check_and_generate_print_one_json_document(
     assert short.returncode == 1
     assert "is below the floor 199.0 dB" in json.loads(short.stdout)["error"]
     assert "is below the floor 199.0 dB" in short.stderr.replace("\n", " ")
+    refused = vitrine("generate", artifact, "--label", "bag", "--output", tmp_path / "none")
+    assert refused.returncode == 1
+    assert "was refused by vitrine check: PSNR" in refused.stderr
+    assert not (tmp_path / "none").exists()
+    assert vitrine("check", artifact, "--pictures", 1).returncode == 0
     pictures = {}
     for model in (diffusion_checkpoint, artifact):
         folder = tmp_path / "pictures" / model.name
@@ -69,6 +74,19 @@ def test_a_wrong_generate_exits_2_with_a_reason_and_leaves_nothing(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not output.exists()
+
+
+def test_a_checkpoint_and_an_artifact_are_not_taken_for_each_other(
+    diffusion_checkpoint: Path, diffusion_artifact: Path, tmp_path: Path
+) -> None:
+    done = vitrine("check", diffusion_checkpoint)
+    assert done.returncode == 2
+    mend = f"export it first: vitrine export {diffusion_checkpoint} --output"
+    assert mend in (done.stderr)
+    done = vitrine("export", diffusion_artifact, "--output", tmp_path / "out")
+    assert done.returncode == 2
+    assert "is an artifact already" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_error_is_the_json_document_too(tmp_path: Path) -> None:

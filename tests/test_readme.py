@@ -77,7 +77,9 @@ def test_the_commands_of_the_readme_run_in_order(workspace: Path) -> None:
     with serving(command, workspace) as (http, grpc):
         for code in blocks("python"):
             python = [sys.executable, "-c", code.replace("8001", grpc) + "\nprint(image.shape)"]
-            answer = subprocess.run(python, capture_output=True, text=True, check=False)
+            answer = subprocess.run(
+                python, cwd=workspace, capture_output=True, text=True, check=False
+            )
             assert answer.stdout == "(32, 32, 1)\n", answer.stderr
         assert '"datatype":"UINT8"' in run(curl.replace("8000", http), workspace)
 
