@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.pipeline import Pipeline, open_pipeline
 from serving.client import Client
 from serving.repository import write_repository
 from serving.server import Server
@@ -73,6 +74,29 @@ def _export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from export.build import export
 
     return export(checkpoint, tmp_path_factory.mktemp("artifacts") / checkpoint.name).path
+
+
+@pytest.fixture(scope="session")
+def diffusion(diffusion_artifact: Path) -> Pipeline:
+    """`diffusion_artifact` in process; it holds no state of a request."""
+    return open_pipeline(diffusion_artifact)
+
+
+@pytest.fixture(scope="session")
+def gan(gan_artifact: Path) -> Pipeline:
+    """`gan_artifact` in process."""
+    return open_pipeline(gan_artifact)
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """For tiny tensors: on a busy machine a second thread makes torch ten times slower."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

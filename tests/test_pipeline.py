@@ -14,16 +14,6 @@ from engine.request import Request
 from export.gate import gate_requests
 
 
-@pytest.fixture(scope="module")
-def diffusion(diffusion_artifact: Path) -> Pipeline:
-    return open_pipeline(diffusion_artifact)
-
-
-@pytest.fixture(scope="module")
-def gan(gan_artifact: Path) -> Pipeline:
-    return open_pipeline(gan_artifact)
-
-
 @pytest.mark.parametrize("max_rows", [2, 3, 7, 24])
 def test_a_picture_has_the_same_bytes_alone_and_in_any_batch(
     diffusion: Pipeline, gan: Pipeline, max_rows: int

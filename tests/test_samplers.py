@@ -56,13 +56,7 @@ BOUND = 1e-4
 ROUNDING = 4 * 2**-24
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    """Arrays are tiny here: on a busy machine a second thread makes torch ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def discrete(**keys: object) -> RawConfig:

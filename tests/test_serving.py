@@ -23,7 +23,7 @@ from conftest import LABELS
 from tritonclient.utils import InferenceServerException
 
 from engine.errors import ArtifactError, OptionError, QualityError, RuntimeUnavailableError
-from engine.pipeline import Pipeline, open_pipeline
+from engine.pipeline import Pipeline
 from engine.request import Request
 from export.gate import Floors, check
 from serving import embedded
@@ -35,16 +35,6 @@ DIFFUSION, GAN = "tiny-diffusion", "tiny-gan"
 FREE_PORTS = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
 
 Options = dict[str, object]
-
-
-@pytest.fixture(scope="module")
-def diffusion(diffusion_artifact: Path) -> Pipeline:
-    return open_pipeline(diffusion_artifact)
-
-
-@pytest.fixture(scope="module")
-def gan(gan_artifact: Path) -> Pipeline:
-    return open_pipeline(gan_artifact)
 
 
 def alone(pipeline: Pipeline, label: str, options: Options) -> np.ndarray:
