@@ -3,14 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := train,export,cpu,triton,dev
+# The TensorRT versions whose Python API the tests compare our calls with: bindings alone, no GPU.
+TENSORRT := 10.16.1.11 11.4.0.106
+BINDINGS := $(TENSORRT:%=$(VENV)/tensorrt/%)
+EXTRAS := train,export,cpu,openvino,triton,dev
 
 .PHONY: demo test lint
 
 demo: $(INSTALLED)
 	$(BIN)/vitrine demo
 
-test: lint
+test: lint $(BINDINGS)
 	$(BIN)/pytest
 
 lint: $(INSTALLED)
@@ -24,3 +27,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
+
+$(BINDINGS): $(VENV)/tensorrt/%: | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ tensorrt-cu13-bindings==$*

@@ -34,6 +34,11 @@ EXTRAS = {
     "onnxscript": "export",
     "skimage": "export",
     "onnxruntime": "cpu",
+    "openvino": "openvino",
+    "peft": "export",
+    "sentencepiece": "export",
+    "tensorrt": "tensorrt",
+    "transformers": "train",
     "tritonclient": "triton",
 }
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from benchmarks.demo import machine
-from engine.checkpoint import write_json
 from engine.images import Picture
+from engine.json_files import write_json
 from engine.pipeline import open_pipeline
 from engine.request import Request
 from engine.training.config import DataConfig

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.checkpoint import write_json
 from engine.console import console
 from engine.errors import ArtifactError, QualityError
 from engine.images import Picture, grid
+from engine.json_files import write_json
 from engine.manifest import Quality
 from engine.pipeline import open_pipeline
 from engine.request import Request

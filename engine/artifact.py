@@ -1,5 +1,6 @@
 """Artifacts: the folder between export and serving - read, verified, and written atomically."""
 
+import glob
 import os
 import shutil
 import tempfile
@@ -8,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoint import file_sha256, read_json, write_json
-from engine.errors import ArtifactError, OptionError, QualityError
+from engine.checkpoint import file_sha256
+from engine.errors import ArtifactError, OptionError, QualityError, RuntimeUnavailableError
+from engine.json_files import read_json, write_json
 from engine.manifest import FORMAT, Manifest, Variant
 
 MANIFEST = "manifest.json"
@@ -35,7 +37,13 @@ class Artifact:
         variants = self.manifest.variants
         if name is not None and name not in variants:
             raise OptionError(f"variant must be one of {', '.join(variants)}, got {name!r}")
-        chosen = variants[name or self.manifest.selected]
+        name_ = name or self.manifest.selected
+        chosen = variants[name_]
+        if not chosen.networks:
+            raise RuntimeUnavailableError(
+                f"{name_} of artifact '{self.path}' has no plans yet; on the machine with the GPU "
+                f"that shall run it: vitrine plan {self.path}"
+            )
         if name is None and chosen.accepted is False:
             raise QualityError(
                 f"artifact '{self.path}' was refused by vitrine check: {chosen.reason} "
@@ -92,12 +100,12 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
                 f"(sha256 {found[:8]}..., expected {expected[:8]}...); {mend}"
             )
     for label, variant in manifest.variants.items():
-        for network in variant.networks.values():
+        for network in (*variant.networks.values(), *variant.graphs.values()):
             if network not in manifest.files:
                 raise ArtifactError(
                     f"artifact '{folder}': {label} names {network}, not in files; {mend}"
                 )
-        if variant.networks.keys() != manifest.model.networks.keys():
+        if (variant.networks or variant.graphs).keys() != manifest.model.networks.keys():
             wanted = ", ".join(manifest.model.networks)
             raise ArtifactError(f"artifact '{folder}': {label} must name {wanted}; {mend}")
 
@@ -118,17 +126,42 @@ def new_artifact(folder: Path) -> Iterator[Path]:
 
     An older artifact there is replaced; anything else is refused. Raises ArtifactError.
     """
+    recover(folder)
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not empty and not is_artifact(folder):
         raise ArtifactError(f"'{folder}' exists and is not an artifact; choose another --output")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-{os.getpid()}-"))
     try:
         yield partial
         partial.chmod(0o755)  # mkdtemp makes it private
         replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Remove what killed processes left beside `folder`, or put back what they had moved away."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}-*"):
+        pid, _, rest = left.name.removeprefix(f".{folder.name}-").partition("-")
+        moved = pid.endswith(".old")
+        pid = pid.removesuffix(".old")
+        if not pid.isdigit() or _is_running(int(pid)) or not (rest or moved):
+            continue
+        if moved and not folder.exists():
+            os.replace(left, folder)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def replace_folder(partial: Path, folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Checkpoints: folders in the diffusers layout - what is in one, its hash, how one is written."""
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -13,17 +12,22 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from engine.errors import ArtifactError
-from engine.families import class_unet, gan
+from engine.families.known import FAMILIES, PIPELINES, FamilyModule
+from engine.families.parts import Parts
+from engine.json_files import read_json, write_json
 from engine.manifest import ModelSpec
 from engine.options import describe
+from engine.weights import weight_files
 
 if TYPE_CHECKING:
     from diffusers.configuration_utils import ConfigMixin
     from diffusers.models.modeling_utils import ModelMixin
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-KNOWN_NETWORKS = {"UNet2DModel": class_unet.NETWORK, "Generator": gan.NETWORK}
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+VAE_NETWORKS = ("vae_encoder", "vae_decoder")  # two networks of one component
+# Components that a pipeline may have and that make no difference to the picture.
+IGNORED = ("safety_checker", "feature_extractor", "watermark")
+_SCHEDULER = "scheduler/scheduler_config.json"
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 
 
 @dataclass(frozen=True)
@@ -57,84 +61,133 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not (folder / "model_index.json").exists() and (folder / "manifest.json").is_file():
         raise ArtifactError(f"'{folder}' is an artifact already; a checkpoint has model_index.json")
     index = read_json(folder / "model_index.json", folder)
-    networks = {
+    family = _family(folder, index)
+    classes = _components(folder, index, family)
+    parts = Parts(
+        index=index,
+        configs={name: read_json(folder / _config(name), folder) for name in classes},
+        scheduler=_read_scheduler(folder, index),
+        labels=_read_labels(folder),
+    )
+    files = {"model_index.json"}
+    if parts.labels:
+        files.add("labels.json")
+    if parts.scheduler:
+        files.add(_SCHEDULER)
+    for name in classes:
+        files |= _files(folder, name)
+    with _naming(folder, [_config(name) for name in classes]):
+        for name in classes:
+            parts.require(name, quantization_config=(None,))
+        model: ModelSpec = family.describe(parts)
+    return Checkpoint(folder, model, tuple(sorted(files)))
+
+
+def _family(folder: Path, index: Mapping[str, object]) -> FamilyModule:
+    pipeline = str(index.get("_class_name"))
+    if pipeline not in PIPELINES:
+        raise ArtifactError(
+            f"checkpoint '{folder}' is a {pipeline}, which is not known; "
+            f"known are {', '.join(PIPELINES)}"
+        )
+    return FAMILIES[PIPELINES[pipeline]]
+
+
+def _components(folder: Path, index: Mapping[str, object], family: FamilyModule) -> dict[str, str]:
+    """Class by component, in the family's order; all that it needs and nothing unknown."""
+    classes = {
         name: str(entry[-1])
         for name, entry in index.items()
-        if isinstance(entry, list) and entry and name != "scheduler"
+        if isinstance(entry, list) and len(entry) == 2 and entry[-1] is not None
     }
-    for name, class_name in networks.items():
-        if KNOWN_NETWORKS.get(class_name) != name:
+    known = family.COMPONENTS
+    for name, class_name in classes.items():
+        if name not in known and name not in (*IGNORED, "scheduler"):
+            raise ArtifactError(
+                f"checkpoint '{folder}' has {name} of class {class_name}, which a "
+                f"{index['_class_name']} has no use for here; known are {', '.join(known)}"
+            )
+        if name in known and class_name not in known[name]:
+            choices = ", ".join(choice for choice in known[name] if choice)
             raise ArtifactError(
                 f"checkpoint '{folder}' has {name} of class {class_name}, which is not known; "
-                f"known are {', '.join(f'{n} of class {c}' for c, n in KNOWN_NETWORKS.items())}"
+                f"known for {name}: {choices}"
             )
-    if len(networks) != 1:
-        raise ArtifactError(
-            f"checkpoint '{folder}' must have one network, got {sorted(networks) or 'none'}"
-        )
-    (name,) = networks
-    configs = {name: read_json(folder / name / "config.json", folder)}
-    _require_safetensors(folder, name)
-    files = ["model_index.json", "labels.json", f"{name}/config.json", f"{name}/{WEIGHTS}"]
-    labels = _read_labels(folder)
-    if name == gan.NETWORK:
-        with _naming(folder / name / "config.json"):
-            model = gan.describe(configs, labels)
-        return Checkpoint(folder, model, tuple(sorted(files)))
-    scheduler_file = "scheduler/scheduler_config.json"
-    scheduler = read_json(folder / scheduler_file, folder)
-    with _naming(folder / name / "config.json"):
-        model = class_unet.describe(configs, scheduler, labels)
-    return Checkpoint(folder, model, tuple(sorted([*files, scheduler_file])))
+    for name in known:
+        if name not in classes and None not in known[name]:
+            raise ArtifactError(f"checkpoint '{folder}': model_index.json names no {name}")
+    return {name: classes[name] for name in known if name in classes}
+
+
+def component_class(folder: Path, component: str) -> str:
+    """The class name of a component of a checkpoint that `read_checkpoint` accepted."""
+    entry = read_json(folder / "model_index.json", folder)[component]
+    assert isinstance(entry, list)
+    return str(entry[-1])
+
+
+def _config(component: str) -> str:
+    is_tokenizer = component.startswith("tokenizer")
+    return f"{component}/{'tokenizer_config' if is_tokenizer else 'config'}.json"
+
+
+def _files(folder: Path, component: str) -> set[str]:
+    """Everything of a component that its pictures depend on. Raises ArtifactError."""
+    if component.startswith("tokenizer"):
+        return {f"{component}/{name}" for name in _tokenizer_files(folder / component)}
+    return {
+        _config(component),
+        *(f"{component}/{name}" for name in weight_files(folder / component)),
+    }
+
+
+def _tokenizer_files(folder: Path) -> set[str]:
+    """Its files; transformers would make an empty vocabulary where there is none."""
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    if not any(names.issuperset(vocabulary) for vocabulary in _VOCABULARIES):
+        choices = ", or ".join(" and ".join(vocabulary) for vocabulary in _VOCABULARIES)
+        raise ArtifactError(f"'{folder}' has no vocabulary; it must have {choices}")
+    return names
+
+
+def _read_scheduler(folder: Path, index: Mapping[str, object]) -> dict[str, object]:
+    """The scheduler's config, nothing without one; its class is the index's, as for diffusers."""
+    match index.get("scheduler"):
+        case [_, str(class_name)]:
+            return {**read_json(folder / _SCHEDULER, folder), "_class_name": class_name}
+    return {}
 
 
 @contextmanager
-def _naming(config: Path) -> Iterator[None]:
-    """Raises ArtifactError with the file's name where it lacks a key or has an impossible value."""
+def _naming(folder: Path, configs: list[str]) -> Iterator[None]:
+    """Raises ArtifactError with the checkpoint's name, and the config's where only one can be it.
+
+    A config may lack a key or have an impossible value.
+    """
+    where = f"'{folder / configs[0]}'" if len(configs) == 1 else f"checkpoint '{folder}'"
     try:
         yield
     except KeyError as error:
-        raise ArtifactError(f"'{config}' has no {error.args[0]}") from None
+        raise ArtifactError(f"{where} has no {error.args[0]}") from None
+    except ArtifactError as error:
+        raise ArtifactError(f"checkpoint '{folder}': {error}") from None
     except ValidationError as error:
-        raise ArtifactError(f"'{config}': {describe(ModelSpec, error.errors()[0])}") from None
+        raise ArtifactError(f"{where}: {describe(ModelSpec, error.errors()[0])}") from None
     except (TypeError, ValueError) as error:
-        raise ArtifactError(f"'{config}': {error}") from None
-
-
-def read_json(path: Path, folder: Path) -> dict[str, object]:
-    """A JSON object of a checkpoint or artifact `folder`. Raises ArtifactError."""
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        missing = path.relative_to(folder)
-        what = "does not exist" if not folder.is_dir() else f"has no {missing}"
-        raise ArtifactError(f"'{folder}' {what}") from None
-    except (ValueError, OSError) as error:
-        raise ArtifactError(f"'{path}' is not readable JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ArtifactError(f"'{path}' must hold a JSON object, got {type(values).__name__}")
-    return values
+        raise ArtifactError(f"{where}: {error}") from None
 
 
 def _read_labels(folder: Path) -> tuple[str, ...]:
-    labels = read_json(folder / "labels.json", folder).get("labels")
+    """The class names of a checkpoint; nothing without a `labels.json`. Raises ArtifactError."""
+    path = folder / "labels.json"
+    if not path.exists():
+        return ()
+    labels = read_json(path, folder).get("labels")
     if not isinstance(labels, list) or not labels or not all(isinstance(x, str) for x in labels):
-        raise ArtifactError(f"'{folder / 'labels.json'}' must hold a list of class names, labels")
+        raise ArtifactError(f"'{path}' must hold a list of class names, labels")
     if len(set(labels)) < len(labels):
-        raise ArtifactError(f"'{folder / 'labels.json'}' must not name a label twice, got {labels}")
+        raise ArtifactError(f"'{path}' must not name a label twice, got {labels}")
     return tuple(labels)
-
-
-def _require_safetensors(folder: Path, network: str) -> None:
-    if (folder / network / WEIGHTS).is_file():
-        return
-    pickles = [path.name for pattern in _PICKLES for path in (folder / network).glob(pattern)]
-    if pickles:
-        raise ArtifactError(
-            f"'{folder / network / pickles[0]}' is a pickle, which can run code and is refused; "
-            "save the checkpoint with safe_serialization=True"
-        )
-    raise ArtifactError(f"'{folder}' has no {network}/{WEIGHTS}")
 
 
 def save_checkpoint(
@@ -167,11 +220,6 @@ def save_checkpoint(
             target.parent.mkdir(parents=True, exist_ok=True)
             source.chmod(0o644)  # safetensors writes 0600
             os.replace(source, target)
-
-
-def write_json(path: Path, values: Mapping[str, object]) -> None:
-    """Write an indented JSON object."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _library(component: object) -> str:

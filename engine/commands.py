@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
+from engine.backends.spec import Provider
 from engine.console import AsJson, console, emit
+from engine.samplers import SAMPLERS
 
 app = typer.Typer()
 
@@ -34,36 +36,59 @@ def train(
 @app.command()
 def generate(
     model: Annotated[Path, typer.Argument(help="a checkpoint (runs on torch) or an artifact")],
-    label: Annotated[str, typer.Option(help="class name")],
     output: Annotated[Path, typer.Option(help="folder for <seed>.png")],
+    label: Annotated[str | None, typer.Option(help="class name, for a model with classes")] = None,
+    prompt: Annotated[str | None, typer.Option(help="text, for a model that takes one")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="what guidance leads away from")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the first picture")] = 0,
     count: Annotated[int, typer.Option(help="pictures, of seeds seed..seed+count-1", min=1)] = 1,
     steps: Annotated[int | None, typer.Option(help="num_inference_steps, 1..1000")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is off")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim, euler, dpmpp_2m, flow_euler")] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"{', '.join(SAMPLERS)}")] = None,
+    height: Annotated[int | None, typer.Option(help="default: the model's, or the image's")] = None,
+    width: Annotated[int | None, typer.Option(help="default: the model's, or the image's")] = None,
+    image: Annotated[Path | None, typer.Option(help="picture to start from")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="white is painted anew; inpainting models")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="how much of --image changes, up to 1")
+    ] = None,
     variant: Annotated[
         str | None, typer.Option(help="default: the artifact's selected one")
     ] = None,
+    provider: Annotated[
+        Provider, typer.Option(help="of ONNX Runtime; auto: cuda where it is installed, else cpu")
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Make pictures; the same seed is the same picture, however many are made."""
     from engine.errors import OptionError
-    from engine.images import save_png
+    from engine.images import read_picture, save_png
     from engine.pipeline import open_pipeline
     from engine.request import Request
 
     options = {
+        "label": label, "prompt": prompt, "negative_prompt": negative_prompt,
         "num_inference_steps": steps, "guidance_scale": guidance_scale, "sampler": sampler,
+        "height": height, "width": width, "strength": strength,
+        "image": None if image is None else read_picture(image, 3),
+        "mask": None if mask is None else read_picture(mask, 1),
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
     seeds = range(seed, seed + count)
-    requests = [Request.of(label, {**given, "seed": number}) for number in seeds]
+    requests = [Request.of({**given, "seed": number}) for number in seeds]
     if output.exists() and not output.is_dir():
         raise OptionError(f"output must be a folder, got the file '{output}'")
-    pipeline = open_pipeline(model, variant)
+    with console.status(f"opening {model}"):
+        pipeline = open_pipeline(model, variant, provider)
     files = []
     for number, picture in zip(seeds, pipeline.generate(requests), strict=True):
         files.append(output / f"{number}.png")
         save_png(files[-1], picture)
-    console.print(f"{count} of {label} in {output}")
+    pipeline.close()
+    what = label or (f"'{prompt}'" if prompt else "pictures")
+    console.print(f"{count} of {what} in {output}", markup=False)
     emit({"files": [str(file) for file in files]}, as_json)

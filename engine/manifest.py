@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue
 
+from engine.backends.target import PlanTarget
 from engine.options import Options
 
 FORMAT = 1  # of the manifest; readers refuse another
@@ -12,6 +13,7 @@ FORMAT = 1  # of the manifest; readers refuse another
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
 Runtime = Literal["torch", "onnxruntime", "openvino", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+TypedPrecision = Literal["fp32", "fp16", "bf16"]  # of a graph, as its own types
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -26,11 +28,24 @@ ArtifactPath = Annotated[str, AfterValidator(_inside_the_artifact)]
 
 
 class TensorSpec(Options):
-    """One input or output of a network; an axis is a size or a symbolic name."""
+    """One input or output of a network.
+
+    An axis is a size, a symbolic name (`height`) or a multiple of one (`8*height`).
+    """
 
     name: str
     dtype: Dtype
-    shape: tuple[int | str, ...]
+    shape: tuple[int | Annotated[str, Field(pattern=r"^([1-9]\d*\*)?[a-z]+$")], ...]
+
+    def axes(self) -> set[str]:
+        """The symbolic names in its shape."""
+        return {split_axis(axis)[1] for axis in self.shape if isinstance(axis, str)}
+
+
+def split_axis(axis: str) -> tuple[int, str]:
+    """`8*height` is 8 and `height`; `batch` is 1 and `batch`."""
+    factor, _, name = axis.rpartition("*")
+    return int(factor or 1), name
 
 
 class NetworkSpec(Options):
@@ -39,13 +54,33 @@ class NetworkSpec(Options):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return tuple(tensor.name for tensor in self.inputs)
+
+    def input(self, name: str) -> TensorSpec:
+        """The input of that name. Raises KeyError."""
+        return {tensor.name: tensor for tensor in self.inputs}[name]
+
 
 class ImageSpec(Options):
-    """The picture that a model makes."""
+    """The picture that a model makes; height and width are defaults where `multiple` is given."""
 
     height: int = Field(ge=1)
     width: int = Field(ge=1)
     channels: Literal[1, 3]
+    multiple: int | None = Field(
+        None, ge=1, description="a request's height and width are multiples of it; none: fixed"
+    )
+
+
+class LatentSpec(Options):
+    """The space between a VAE's encoder and decoder: x = (latents - shift_factor) * scaling."""
+
+    channels: int = Field(ge=1)
+    downscale: int = Field(ge=1, description="pixels a latent, along each axis")
+    scaling_factor: float
+    shift_factor: float = 0.0
 
 
 class Defaults(Options):
@@ -54,21 +89,72 @@ class Defaults(Options):
     num_inference_steps: int = Field(ge=1, le=1000)
     guidance_scale: float = Field(ge=1, le=100)
     sampler: str
+    strength: float | None = Field(None, description="none where a model takes no image")
+
+
+Family = Literal[
+    "pixel_unet", "gan", "stable_diffusion", "stable_diffusion_xl", "pixart", "stable_diffusion_3",
+    "flux",
+]  # fmt: skip
 
 
 class ModelSpec(Options):
     """What a model is, whatever runs it: derived from a checkpoint, carried by the manifest."""
 
-    family: Literal["class_unet", "gan"]
-    labels: tuple[str, ...] = Field(min_length=1)
+    family: Family
+    labels: tuple[str, ...] = ()
     image: ImageSpec
     networks: dict[str, NetworkSpec]
+    tokenizers: dict[str, ArtifactPath] = Field(
+        default_factory=dict, description="files of the tokenizers library, which pad and cut"
+    )
+    latents: LatentSpec | None = Field(None, description="none for a model of pixels")
     scheduler: dict[str, JsonValue] | None = Field(
         None, description="diffusers' scheduler_config.json; none for a GAN"
     )
     samplers: tuple[str, ...] = ()
     null_label: int | None = Field(None, description="the label index that means no label")
+    zero_empty_prompt: bool = Field(
+        False, description="no negative prompt is zeros, not the encoding of an empty text"
+    )
     defaults: Defaults | None = Field(None, description="none for a GAN")
+
+    @property
+    def denoiser(self) -> str:
+        """The network that every step calls: `unet`, `transformer` or `generator`."""
+        return next(name for name in ("unet", "transformer", "generator") if name in self.networks)
+
+    def tokens(self, tokenizer: str) -> int:
+        """How many tokens a tokenizer pads and cuts to: its text encoder's input has so many."""
+        encoder = self.networks[tokenizer.replace("tokenizer", "text_encoder")]
+        return int(encoder.input("input_ids").shape[1])
+
+    def symbols(self, network: str, size: tuple[int, int]) -> dict[str, int]:
+        """What `height` and `width` stand for in a network's axes, for a picture of `size`."""
+        latents, multiple = self.latents, self.image.multiple or 1
+        is_vae = latents is not None and network.startswith("vae_")
+        unit = latents.downscale if latents and is_vae else multiple
+        return {"height": size[0] // unit, "width": size[1] // unit}
+
+    @property
+    def subject(self) -> Literal["label", "prompt", "none"]:
+        """What a request names: a class, a text, or nothing where the model has one subject."""
+        return "prompt" if self.tokenizers else "label" if self.labels else "none"
+
+    @property
+    def guidance(self) -> Literal["none", "classifier_free", "embedded"]:
+        """How `guidance_scale` acts: by a second evaluation of each step, or as a network input."""
+        inputs = self.networks[self.denoiser].input_names
+        if "guidance" in inputs or "timestep_cond" in inputs:
+            return "embedded"
+        return "classifier_free" if self.tokenizers or self.null_label is not None else "none"
+
+    @property
+    def takes_image(self) -> Literal["no", "optional", "with mask"]:
+        """Whether a request may or must bring a picture to start from."""
+        if "mask" in self.networks[self.denoiser].input_names:
+            return "with mask"
+        return "optional" if "vae_encoder" in self.networks else "no"
 
 
 class Quality(Options):
@@ -89,12 +175,27 @@ class Variant(Options):
     runtime: Runtime
     precision: Precision
     runtime_version: str
-    device: str | None = Field(None, description="where a build is bound to one")
-    networks: dict[str, ArtifactPath]
+    target: PlanTarget | None = Field(None, description="what TensorRT plans were built for")
+    size: tuple[int, int] | None = Field(
+        None, description="height and width of a build for one picture size; none: any"
+    )
+    networks: dict[str, ArtifactPath] = Field(description="empty until its plans are built")
+    graphs: dict[str, ArtifactPath] = Field(
+        default_factory=dict, description="the ONNX files that TensorRT plans are built from"
+    )
+    build: dict[str, JsonValue] | None = Field(None, description="how its plans are built")
     quality: Quality | None = None
     latency_ms: float | None = None
     accepted: bool | None = Field(None, description="none until checked")
     reason: str = ""
+
+
+class Lora(Options):
+    """LoRA weights that were fused into the networks before export."""
+
+    path: str = Field(description="as the user named it; informative")
+    sha256: Sha256
+    scale: float = 1.0
 
 
 class Source(Options):
@@ -102,6 +203,7 @@ class Source(Options):
 
     path: str = Field(description="as the user named it; informative")
     sha256: Sha256
+    loras: tuple[Lora, ...] = ()
 
 
 class Manifest(Options):

@@ -12,11 +12,12 @@ MAX_SEED = 2**63 - 1
 _BLOCK = 16  # torch fills normals in blocks of 16, and takes another path below 16 elements
 
 
-def noise(seed: int, shape: Sequence[int]) -> NDArray[np.float32]:
-    """Standard normal noise of `shape`, the same in any batch, process and machine.
+class Noise:
+    """The normal draws of one generator: each call goes on where the last one stopped.
 
-    Equals `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))` within 1e-6.
-    Of `seed` only the low 32 bits count, as in torch.
+    `Noise(seed)(shape)` equals `torch.randn(shape, generator=g)` within 1e-6, call after call,
+    where `g` is `torch.Generator("cpu").manual_seed(seed)`. Of `seed` only the low 32 bits count,
+    as in torch.
 
     Raises:
         OptionError: `seed` is not in 0..2**63-1.
@@ -24,12 +25,30 @@ def noise(seed: int, shape: Sequence[int]) -> NDArray[np.float32]:
     Source: `normal_fill` and `normal_distribution` in ATen (native/cpu/DistributionTemplates.h,
     core/DistributionsHelper.h).
     """
-    if not 0 <= seed <= MAX_SEED:
-        raise OptionError(f"seed must be 0..{MAX_SEED}, got {seed}")
-    generator = np.random.RandomState(seed & 0xFFFFFFFF)  # MT19937, seeded as torch seeds it
-    size = math.prod(shape)
-    values = _normals(generator, size) if size >= _BLOCK else _few_normals(generator, size)
-    return values.reshape(shape)
+
+    def __init__(self, seed: int) -> None:
+        if not 0 <= seed <= MAX_SEED:
+            raise OptionError(f"seed must be 0..{MAX_SEED}, got {seed}")
+        self._generator = np.random.RandomState(seed & 0xFFFFFFFF)  # MT19937, seeded as in torch
+        self._spare = np.empty(0)  # at most one normal, drawn but not yet given out
+
+    def __call__(self, shape: Sequence[int]) -> NDArray[np.float32]:
+        """Standard normal noise of `shape`, the same in any batch, process and machine."""
+        size = math.prod(shape)
+        values = _normals(self._generator, size) if size >= _BLOCK else self._few_normals(size)
+        return values.reshape(shape)
+
+    def _few_normals(self, size: int) -> NDArray[np.float32]:
+        """`size` < 16 normals: torch draws pairs, and keeps an odd one for its next few."""
+        missing = max(size - len(self._spare), 0)
+        drawn = np.append(self._spare, _normal_pairs(self._generator, (missing + 1) // 2))
+        self._spare = drawn[size:]
+        return drawn[:size].astype(np.float32)
+
+
+def noise(seed: int, shape: Sequence[int]) -> NDArray[np.float32]:
+    """The first draw of `Noise(seed)`: the start noise of a request."""
+    return Noise(seed)(shape)
 
 
 def _normals(generator: np.random.RandomState, size: int) -> NDArray[np.float32]:
@@ -52,13 +71,13 @@ def _box_muller(uniforms: NDArray[np.float32]) -> NDArray[np.float32]:
     return normals.ravel()
 
 
-def _few_normals(generator: np.random.RandomState, size: int) -> NDArray[np.float32]:
-    """`size` < 16 normals: torch draws them one by one, two from each pair of 53-bit uniforms."""
-    pairs = _uniforms53(generator, size + size % 2).reshape(-1, 2)
+def _normal_pairs(generator: np.random.RandomState, count: int) -> NDArray[np.float64]:
+    """2 `count` normals, two from each pair of 53-bit uniforms."""
+    pairs = _uniforms53(generator, 2 * count).reshape(-1, 2)
     theta = 2 * math.pi * pairs[:, 0]
     radius = np.sqrt(-2 * np.log1p(-pairs[:, 1]))
     normals: NDArray[np.float64] = np.stack([radius * np.cos(theta), radius * np.sin(theta)], 1)
-    return normals.ravel()[:size].astype(np.float32)
+    return normals.ravel()
 
 
 def _words(generator: np.random.RandomState, size: int) -> NDArray[np.uint32]:

@@ -25,6 +25,7 @@ _TYPE_NAMES = {
     "dict_type": "a table",
     "model_type": "a table",
     "none_required": "null",
+    "is_instance_of": "an array",
 }
 
 
@@ -74,7 +75,10 @@ def describe(model: type[BaseModel], error: ErrorDetails) -> str:
         "greater_than", "greater_than_equal", "less_than", "less_than_equal",
     ):  # fmt: skip
         return f"{name} must be {bounds}, got {value!r}"
-    return f"{name}: {error['msg'].removeprefix('Value error, ')}, got {value!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    if isinstance(value, dict):  # a rule of several keys: the sentence names them
+        return f"{name}: {message}" if path else message
+    return f"{name}: {message}, got {value!r}"
 
 
 def _owner(model: type[BaseModel], path: list[str | int]) -> type[BaseModel]:

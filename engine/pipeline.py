@@ -1,46 +1,57 @@
 """Rows through networks: admit a request, tick many rows at once, finish each into a picture."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.artifact import is_artifact, read_artifact
-from engine.backends.spec import Backend, open_backend
+from engine.artifact import Artifact, is_artifact, read_artifact
+from engine.backends.spec import Backend, Provider, open_backend
 from engine.checkpoint import read_checkpoint
 from engine.errors import ArtifactError, OptionError
-from engine.families import class_unet, gan
+from engine.families import latents
+from engine.families.components import Components
+from engine.families.known import FAMILIES
 from engine.images import Picture, from_network_range, to_uint8
-from engine.manifest import ModelSpec
+from engine.manifest import ModelSpec, NetworkSpec
 from engine.request import Request, resolve
 from engine.row import Row, advance, network_inputs
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 DEFAULT_MAX_ROWS = 16
 
 
 class Pipeline:
-    """A model on a backend. It holds no state of any request: that is in the rows."""
+    """A model on its backends. It holds no state of any request: that is in the rows."""
 
-    def __init__(self, model: ModelSpec, network: Backend) -> None:
-        self.model = model
-        self._network = network
-        self._x_name = network.inputs[0].name
-        self._output_name = network.outputs[0].name
+    def __init__(self, components: Components, size: tuple[int, int] | None = None) -> None:
+        self.model = components.model
+        self._components = components
+        self._size = size  # the only one that this build makes, or any
+        self._x_name = self.model.networks[self.model.denoiser].inputs[0].name
 
     def admit(self, request: Request) -> Row:
         """The row of a request, before its first step. Raises OptionError."""
-        prepare = class_unet.prepare if self.model.family == "class_unet" else gan.prepare
-        return prepare(self.model, resolve(request, self.model))
+        resolved = resolve(request, self.model, self._size)
+        return FAMILIES[self.model.family].prepare(self._components, resolved)
 
     def tick(self, rows: Sequence[Row]) -> None:
-        """One network call that takes every row one step further."""
-        output = self._network.run(network_inputs(rows, self._x_name))
-        advance(rows, output[self._output_name].astype(np.float32, copy=False))
+        """One step of every row: one network call for the rows of each picture size."""
+        for size in dict.fromkeys(row.x.shape for row in rows):
+            together = [row for row in rows if row.x.shape == size]
+            feed = network_inputs(together, self._x_name)
+            (output,) = self._components.run(self.model.denoiser, feed)
+            advance(together, output)
 
     def decode(self, row: Row) -> NDArray[np.float32]:
         """The picture of a row that is done, `[H, W, C]` in [0, 1]."""
-        return from_network_range(row.x)
+        image = row.x if self.model.latents is None else latents.decode(self._components, row)
+        return from_network_range(image)
 
     def finish(self, row: Row) -> Picture:
         """The picture of a row that is done, uint8 `[H, W, C]`."""
@@ -51,9 +62,11 @@ class Pipeline:
 
         Raises OptionError before any work where one of the requests is not allowed.
         """
-        waiting = [self.admit(request) for request in requests]
+        waiting = list(requests)
+        for request in waiting:
+            resolve(request, self.model, self._size)
         for start in range(0, len(waiting), max_rows):
-            batch = waiting[start : start + max_rows]
+            batch = [self.admit(request) for request in waiting[start : start + max_rows]]
             while running := [row for row in batch if not row.done]:
                 self.tick(running)
             yield from batch
@@ -65,27 +78,75 @@ class Pipeline:
         return map(self.finish, self.run(requests, max_rows))
 
     def close(self) -> None:
-        """Close the backend."""
-        self._network.close()
+        """Close the backends."""
+        self._components.close()
 
 
-def open_pipeline(path: Path, variant: str | None = None) -> Pipeline:
+def open_pipeline(path: Path, variant: str | None = None, provider: Provider = "auto") -> Pipeline:
     """The pipeline of an artifact (its selected variant) or of a checkpoint (on torch).
 
     Raises ArtifactError, OptionError, RuntimeUnavailableError.
     """
     if is_artifact(path):
-        artifact = read_artifact(path)
-        model, chosen = artifact.manifest.model, artifact.variant(variant)
-        (name,) = model.networks
-        network = open_backend(chosen.runtime, path / chosen.networks[name], model.networks[name])
-        return Pipeline(model, network)
+        return _open_artifact(read_artifact(path), variant, provider)
     if not (path / "model_index.json").is_file():
         raise ArtifactError(
             f"'{path}' is neither an artifact (manifest.json) nor a checkpoint (model_index.json)"
         )
     if variant is not None:
         raise OptionError(f"a checkpoint has no variants, got {variant!r}; leave it out")
+    return _open_checkpoint(path)
+
+
+def _open_artifact(artifact: Artifact, variant: str | None, provider: Provider) -> Pipeline:
+    from tokenizers import Tokenizer
+
+    model, chosen = artifact.manifest.model, artifact.variant(variant)
+    tokenizers = {
+        name: Tokenizer.from_file(str(artifact.path / file))
+        for name, file in model.tokenizers.items()
+    }
+
+    def open_network(name: str, spec: NetworkSpec) -> Backend:
+        path = artifact.path / chosen.networks[name]
+        return open_backend(
+            chosen.runtime,
+            path,
+            spec,
+            precision=chosen.precision,
+            provider=provider,
+            target=chosen.target,
+        )
+
+    networks = _open_all(model.networks, open_network)
+    return Pipeline(Components(model, networks, tokenizers), chosen.size)
+
+
+def _open_checkpoint(path: Path) -> Pipeline:
     model = read_checkpoint(path).model
-    (name,) = model.networks
-    return Pipeline(model, open_backend("torch", path / name, model.networks[name]))
+    networks = _open_all(
+        model.networks, lambda name, spec: open_backend("torch", path / name, spec)
+    )
+    return Pipeline(Components(model, networks, checkpoint_tokenizers(path, model)))
+
+
+def checkpoint_tokenizers(path: Path, model: ModelSpec) -> "dict[str, Tokenizer]":
+    """The tokenizers of a checkpoint, each as long as its text encoder's input."""
+    if not model.tokenizers:
+        return {}
+    from engine.networks.tokenizers import load_tokenizer
+
+    return {name: load_tokenizer(path / name, model.tokens(name)) for name in model.tokenizers}
+
+
+def _open_all(
+    specs: Mapping[str, NetworkSpec], open_network: Callable[[str, NetworkSpec], Backend]
+) -> dict[str, Backend]:
+    """Every network; where one does not open, those that did are closed again."""
+    networks: dict[str, Backend] = {}
+    with ExitStack() as opened:
+        for name, spec in specs.items():
+            networks[name] = open_network(name, spec)
+            opened.callback(networks[name].close)
+        opened.pop_all()
+    return networks

@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.samplers import Trajectory, guide, step
+from engine.noise import Noise
+from engine.samplers import guide, step
+from engine.trajectory import COLUMNS, Trajectory
 
 Array = NDArray[np.float32]
 Feed = dict[str, NDArray[np.generic]]
+_X_NOISE = COLUMNS.index("x_noise")
 
 
 @dataclass(slots=True)
@@ -17,14 +20,16 @@ class Row:
     """Solver state of one request; it belongs to the request, never to the sampler."""
 
     x: Array  # noise at first, the picture or its latents at the end; no batch axis
-    conditioning: tuple[Feed, ...]  # one network evaluation each: (with label[, without label])
+    conditioning: tuple[Feed, ...]  # one network evaluation each: (with condition[, without])
     trajectory: Trajectory | None = None  # none for a GAN, which is one step
     guidance_scale: float = 1.0
-    index: int = 0  # steps done
+    index: int = 0  # steps done, or left out where the row starts from a picture
+    noise: Noise | None = None  # the request's generator, for samplers that add noise
+    x_previous: Array = field(init=False)
     x0_previous: Array = field(init=False)
 
     def __post_init__(self) -> None:
-        self.x0_previous = np.zeros_like(self.x)
+        self.x_previous = self.x0_previous = np.zeros_like(self.x)
 
     @property
     def steps(self) -> int:
@@ -67,19 +72,28 @@ def advance(rows: Sequence[Row], output: Array) -> None:
         for row, image in zip(rows, output, strict=True):
             row.x, row.index = image.copy(), 1
         return
-    prediction = _guided(rows, output)
     coefficients = np.stack(
         [row.trajectory.coefficients[row.index] for row in rows if row.trajectory is not None]
     )
     x, x0 = step(
         np.stack([row.x for row in rows]),
-        prediction,
+        _guided(rows, output),
+        np.stack([row.x_previous for row in rows]),
         np.stack([row.x0_previous for row in rows]),
+        np.stack([_fresh_noise(*pair) for pair in zip(rows, coefficients, strict=True)]),
         coefficients,
     )
     for row, row_x, row_x0 in zip(rows, x, x0, strict=True):
-        row.x, row.x0_previous = row_x, row_x0
+        row.x_previous, row.x, row.x0_previous = row.x, row_x, row_x0
         row.index += 1
+
+
+def _fresh_noise(row: Row, coefficients: Array) -> Array:
+    """The next draw of the row's generator, where its step adds noise."""
+    if not coefficients[_X_NOISE]:
+        return np.zeros_like(row.x)
+    assert row.noise is not None
+    return row.noise(row.x.shape)
 
 
 def _guided(rows: Sequence[Row], output: Array) -> Array:

@@ -1,149 +1,18 @@
-"""Noise levels and timesteps from a checkpoint's `scheduler_config.json`, as diffusers has them."""
+"""Noise levels and timesteps of a `SchedulerConfig`, as diffusers has them."""
 
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from engine.errors import OptionError
-from engine.options import Options
+from engine.scheduler_config import SchedulerConfig
 
-TimestepSpacing = Literal["leading", "trailing", "linspace"]
+Array = NDArray[np.float32]
+FlowSpacing = Literal["scheduler", "linear"]
 
-DISCRETE_CLASSES = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DPMSolverMultistepScheduler",
-    "EulerDiscreteScheduler",
-)
-FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
-
-# Keys that we do not act on, with the values that leave our samplers as they are in diffusers.
-# An empty tuple: every value, because the key only matters to a part that is off or not ours.
-_ANY: tuple[object, ...] = ()
-_OFF: tuple[object, ...] = (False, None)
-_NEUTRAL_FLOW: dict[str, tuple[object, ...]] = {
-    "use_dynamic_shifting": _OFF,
-    "base_shift": _ANY,  # this and the next four: dynamic shifting only
-    "max_shift": _ANY,
-    "base_image_seq_len": _ANY,
-    "max_image_seq_len": _ANY,
-    "time_shift_type": _ANY,
-    "invert_sigmas": _OFF,
-    "shift_terminal": _OFF,
-    "use_exponential_sigmas": _OFF,
-    "use_beta_sigmas": _OFF,
-    "stochastic_sampling": _OFF,
-}
-_NEUTRAL_DISCRETE: dict[str, tuple[object, ...]] = {
-    "thresholding": _OFF,
-    "dynamic_thresholding_ratio": _ANY,  # this and the next: thresholding only
-    "sample_max_value": _ANY,
-    # the noise that DDPM adds; deterministic samplers add none
-    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-    "interpolation_type": ("linear",),
-    "use_exponential_sigmas": _OFF,
-    "use_beta_sigmas": _OFF,
-    "sigma_min": _ANY,  # this and the next: Karras, exponential and beta sigmas only
-    "sigma_max": _ANY,
-    "timestep_type": ("discrete",),
-    "final_sigmas_type": ("zero",),
-    "solver_order": (2,),
-    "algorithm_type": ("dpmsolver++",),
-    "solver_type": ("midpoint",),
-    "lower_order_final": _ANY,  # this and the next: order 2 to sigma 0 ends in order 1 anyway
-    "euler_at_final": _ANY,
-    "use_lu_lambdas": _OFF,
-    "use_flow_sigmas": _OFF,
-    "flow_shift": _ANY,
-    "lambda_min_clipped": (float("-inf"),),
-    "use_dynamic_shifting": _OFF,
-    "time_shift_type": _ANY,
-    "skip_prk_steps": _ANY,  # a PNDM key that Stable Diffusion's DDIM and Euler configs carry
-}
-_FLOW_FIELDS = ("num_train_timesteps", "shift", "use_karras_sigmas")
-
-
-class SchedulerConfig(Options):
-    """What a `scheduler_config.json` says about the noise schedule; construct with `parse`.
-
-    Names and defaults are diffusers'. `timestep_spacing` None: the config does not say, and each
-    sampler takes its diffusers class's own default.
-    """
-
-    num_train_timesteps: int = Field(default=1000, ge=1)
-    beta_start: float = Field(default=0.0001, gt=0, lt=1)
-    beta_end: float = Field(default=0.02, gt=0, lt=1)
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    trained_betas: None = None
-    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] = "epsilon"
-    timestep_spacing: TimestepSpacing | None = None
-    steps_offset: int = Field(default=0, ge=0)
-    set_alpha_to_one: bool = True
-    clip_sample: bool = True
-    clip_sample_range: float = Field(default=1.0, gt=0)
-    rescale_betas_zero_snr: bool = False
-    shift: float = Field(default=1.0, gt=0)
-    use_karras_sigmas: Literal[False] | None = False
-
-    @property
-    def is_flow(self) -> bool:
-        """Whether this is flow matching (else a discrete noise schedule)."""
-        return self.prediction_type == "flow_prediction"
-
-    @classmethod
-    def parse(
-        cls, values: Mapping[str, object], source: str = "scheduler_config.json"
-    ) -> "SchedulerConfig":
-        """Read the JSON object of a `scheduler_config.json`.
-
-        Raises:
-            OptionError: the scheduler class is not known, or a key has a value that our samplers
-                would not honour.
-        """
-        class_name = values.get("_class_name")
-        is_flow = class_name == FLOW_CLASS
-        if not is_flow and class_name not in DISCRETE_CLASSES:
-            known = ", ".join((*DISCRETE_CLASSES, FLOW_CLASS))
-            raise _error("_class_name", f"must be one of {known}", class_name)
-        fields = _honoured(values, is_flow)
-        if is_flow:
-            fields["prediction_type"] = "flow_prediction"
-        elif fields.get("prediction_type") == "flow_prediction":
-            allowed = "must be epsilon, v_prediction or sample"
-            raise _error("prediction_type", f"{allowed} for {class_name}", "flow_prediction")
-        return super().parse(fields, source)
-
-
-def _error(key: str, must_be: str, value: object) -> OptionError:
-    return OptionError(f"scheduler_config.json: {key} {must_be}, got {value!r}")
-
-
-def _honoured(scheduler_config: Mapping[str, object], is_flow: bool) -> dict[str, object]:
-    """The keys that are fields; every other key is checked to have no effect."""
-    fields = _FLOW_FIELDS if is_flow else set(SchedulerConfig.model_fields) - {"shift"}
-    neutral = _NEUTRAL_FLOW if is_flow else _NEUTRAL_DISCRETE
-    honoured = {}
-    for key, value in scheduler_config.items():
-        if key in fields:
-            honoured[key] = value
-        elif not key.startswith("_"):
-            _check_neutral(key, value, neutral)
-    return honoured
-
-
-def _check_neutral(key: str, value: object, neutral: Mapping[str, tuple[object, ...]]) -> None:
-    if key not in neutral:
-        raise OptionError(
-            f"scheduler_config.json: {key} (here {value!r}) is not a key that "
-            "Vitrine knows; remove it"
-        )
-    allowed = neutral[key]
-    if allowed and value not in allowed:
-        raise _error(key, f"must be {' or '.join(map(repr, allowed))}", value)
+KARRAS_RHO = 7.0  # EDM (https://arxiv.org/abs/2206.00364), equation 5
 
 
 @lru_cache(maxsize=32)
@@ -201,15 +70,15 @@ def ddim_timesteps(config: SchedulerConfig, num_inference_steps: int) -> NDArray
             return linear.round()[::-1].astype(np.int64)
 
 
-def euler_timesteps(config: SchedulerConfig, num_inference_steps: int) -> NDArray[np.float32]:
-    """[N] timesteps of EulerDiscreteScheduler, falling; linspace gives fractions."""
+def _euler_timesteps(config: SchedulerConfig, num_inference_steps: int) -> NDArray[np.float32]:
+    """[N] timesteps of EulerDiscreteScheduler and its kin, falling; linspace gives fractions."""
     if (config.timestep_spacing or "linspace") == "linspace":
         last = config.num_train_timesteps - 1
         return np.linspace(0, last, num_inference_steps, dtype=np.float32)[::-1].copy()
     return ddim_timesteps(config, num_inference_steps).astype(np.float32)
 
 
-def dpmpp_2m_timesteps(config: SchedulerConfig, num_inference_steps: int) -> NDArray[np.int64]:
+def _dpmpp_2m_timesteps(config: SchedulerConfig, num_inference_steps: int) -> NDArray[np.int64]:
     """[N] timesteps of DPMSolverMultistepScheduler, falling.
 
     Leading and linspace space N + 1 timesteps and leave the last one out.
@@ -233,25 +102,127 @@ def _trailing(train: int, count: int) -> NDArray[np.int64]:
     return np.arange(train, 0, -train / count)[:count].round().astype(np.int64) - 1
 
 
-def noise_sigmas(
-    config: SchedulerConfig, timesteps: NDArray[np.int64] | NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """[N + 1] noise over signal, sqrt((1 - alpha) / alpha), at `timesteps` [N], then a final 0."""
+def lcm_timesteps(config: SchedulerConfig, num_inference_steps: int) -> NDArray[np.int64]:
+    """[N] timesteps of LCMScheduler, falling: N of the steps that the model was distilled on."""
+    original = config.original_inference_steps
+    distilled = np.arange(original, 0, -1) * (config.num_train_timesteps // original) - 1
+    chosen = np.linspace(0, original, num_inference_steps, endpoint=False)
+    timesteps: NDArray[np.int64] = distilled[np.floor(chosen).astype(np.int64)]
+    return timesteps
+
+
+def euler_schedule(config: SchedulerConfig, num_inference_steps: int) -> tuple[Array, Array]:
+    """[N] timesteps and [N + 1] sigmas (noise over signal) of EulerDiscreteScheduler."""
+    timesteps = _euler_timesteps(config, num_inference_steps)
+    training = _training_sigmas(config)
+    sigmas = np.interp(timesteps, np.arange(len(training)), training)
+    if config.use_karras_sigmas:
+        sigmas = _karras(config, sigmas[0], sigmas[-1], num_inference_steps)
+        timesteps = _timesteps_at(sigmas, training).astype(np.float32)
+    return timesteps, _with_last_sigma(config, sigmas)
+
+
+def dpmpp_2m_schedule(
+    config: SchedulerConfig, num_inference_steps: int
+) -> tuple[NDArray[np.int64], Array]:
+    """[N] timesteps and [N + 1] sigmas (noise over signal) of DPMSolverMultistepScheduler."""
+    training = _training_sigmas(config)
+    if not config.use_karras_sigmas:
+        timesteps = _dpmpp_2m_timesteps(config, num_inference_steps)
+        sigmas = np.interp(timesteps, np.arange(len(training)), training)
+        return timesteps, _with_last_sigma(config, sigmas)
+    sigmas = _karras(config, float(training[-1]), float(training[0]), num_inference_steps)
+    exact = _timesteps_at(sigmas, training)
+    whole = exact if config.beta_schedule == "squaredcos_cap_v2" else exact.round()
+    return whole.astype(np.int64), _with_last_sigma(config, sigmas)
+
+
+def _training_sigmas(config: SchedulerConfig) -> Array:
+    """[num_train_timesteps] noise over signal, sqrt((1 - alpha) / alpha), rising."""
     alphas = alphas_cumprod(config).copy()
     if config.rescale_betas_zero_snr:
         alphas[-1] = 2.0**-24  # diffusers' stand-in for 0, so that the first sigma is finite
-    sigmas = np.sqrt((1 - alphas) / alphas)
-    at_timesteps = np.interp(timesteps, np.arange(len(sigmas)), sigmas)
-    return np.append(at_timesteps, 0.0).astype(np.float32)
+    sigmas: Array = np.sqrt((1 - alphas) / alphas)
+    return sigmas
 
 
-def flow_sigmas(config: SchedulerConfig, num_inference_steps: int) -> NDArray[np.float32]:
-    """[N + 1] noise levels of FlowMatchEulerDiscreteScheduler, from 1 to a final 0."""
+def _with_last_sigma(config: SchedulerConfig, sigmas: NDArray[np.float64]) -> Array:
+    last = 0.0 if config.final_sigmas_type == "zero" else _training_sigmas(config)[0]
+    return np.append(sigmas, last).astype(np.float32)
+
+
+def _karras(
+    config: SchedulerConfig, first: float, last: float, num_inference_steps: int
+) -> NDArray[np.float64]:
+    """[N] sigmas whose 7th roots fall evenly, between the config's bounds or else those given."""
+    highest = (config.sigma_max or first) ** (1 / KARRAS_RHO)
+    lowest = (config.sigma_min or last) ** (1 / KARRAS_RHO)
+    falling: NDArray[np.float64] = np.linspace(highest, lowest, num_inference_steps) ** KARRAS_RHO
+    return falling
+
+
+def _timesteps_at(sigmas: NDArray[np.float64], training: Array) -> NDArray[np.float64]:
+    """[N] fractional timesteps at which the noise schedule, linear in log sigma, has `sigmas`."""
+    # float32 as the schedule, so that its own ends are hit and not rounded off with a fraction
+    levels = np.log(sigmas).astype(np.float32)
+    timesteps: NDArray[np.float64] = np.interp(levels, np.log(training), np.arange(len(training)))
+    return timesteps
+
+
+def flow_shift(config: SchedulerConfig, image_seq_len: int | None) -> float:
+    """How far flow sigmas are moved towards noise: 1 not at all.
+
+    Dynamic shifting goes by the length of the image's token sequence, as in diffusers' Flux and
+    Stable Diffusion 3 pipelines (https://arxiv.org/abs/2403.03206, section 5.3.2).
+
+    Raises:
+        OptionError: the config shifts by image_seq_len, and it is None or not positive.
+    """
+    if not config.use_dynamic_shifting:
+        return config.shift
+    if image_seq_len is None or image_seq_len < 1:
+        raise OptionError(
+            "image_seq_len must be the number of the image's tokens with use_dynamic_shifting, "
+            f"got {image_seq_len}"
+        )
+    span = config.max_image_seq_len - config.base_image_seq_len
+    slope = (config.max_shift - config.base_shift) / span
+    mu = image_seq_len * slope + config.base_shift - slope * config.base_image_seq_len
+    return mu if config.time_shift_type == "linear" else float(np.exp(mu))
+
+
+def flow_sigmas(
+    config: SchedulerConfig,
+    num_inference_steps: int,
+    image_seq_len: int | None,
+    spacing: FlowSpacing,
+) -> Array:
+    """[N + 1] noise levels of FlowMatchEulerDiscreteScheduler, from 1 to a final 0.
+
+    `spacing` is how a pipeline calls `set_timesteps`: with the number of steps alone ("scheduler"),
+    or with `sigmas=linspace(1, 1 / N, N)` ("linear").
+    """
+    shift = flow_shift(config, image_seq_len)
+    lowest = 1 / (config.num_train_timesteps if spacing == "scheduler" else num_inference_steps)
+    ends = np.array([1.0, lowest])
+    if spacing == "scheduler" and not config.use_dynamic_shifting:
+        ends = _shift(ends, shift)  # diffusers shifts the training sigmas, then their spacing
+    sigmas = _shift(np.linspace(ends[0], ends[1], num_inference_steps), shift)
+    if config.shift_terminal:
+        sigmas = 1 - (1 - sigmas) * (1 - config.shift_terminal) / (1 - sigmas[-1])
+    if config.use_karras_sigmas:
+        sigmas = _karras(config, sigmas[0], sigmas[-1], num_inference_steps)
+    return np.append(sigmas, 0.0).astype(np.float32)
+
+
+def flow_dpmpp_2m_schedule(
+    config: SchedulerConfig, num_inference_steps: int, image_seq_len: int | None
+) -> tuple[NDArray[np.int64], Array]:
+    """[N] timesteps and [N + 1] noise levels of DPMSolverMultistepScheduler with flow sigmas."""
     train = config.num_train_timesteps
-    # diffusers shifts twice: the training sigmas first, then their spacing
-    sigma_max, sigma_min = _shift(np.array([1, 1 / train]), config.shift)
-    spaced = np.linspace(sigma_max, sigma_min, num_inference_steps)
-    return np.append(_shift(spaced, config.shift), 0.0).astype(np.float32)
+    rising = 1 - np.linspace(1, 1 / train, num_inference_steps + 1)
+    sigmas = _shift(rising, flow_shift(config, image_seq_len))[:0:-1]
+    return (sigmas * train).astype(np.int64), np.append(sigmas, 0.0).astype(np.float32)
 
 
 def _shift(sigmas: NDArray[np.float64], shift: float) -> NDArray[np.float64]:

@@ -1,44 +1,184 @@
 """Checkpoint to artifact: export every network, describe them in a manifest, write it whole."""
 
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from engine.artifact import Artifact, hash_files, new_artifact, read_artifact, write_manifest
-from engine.checkpoint import read_checkpoint
-from engine.manifest import Manifest, Source, Variant
-from engine.networks.load import load_network
-from export.onnx import export_network
+from engine.artifact import (
+    Artifact,
+    hash_files,
+    is_artifact,
+    new_artifact,
+    read_artifact,
+    recover,
+    write_manifest,
+)
+from engine.checkpoint import VAE_NETWORKS, Checkpoint, file_sha256, read_checkpoint
+from engine.errors import ArtifactError
+from engine.json_files import read_json
+from engine.manifest import Lora, Manifest, Source, TypedPrecision, Variant
+from engine.pipeline import checkpoint_tokenizers
+from export.files import link_files
+from export.finding import Finding
+from export.lint import lint
+from export.variant import VariantOptions
 
-VARIANT = "onnxruntime-fp32"
+Progress = Callable[[str], None]
 
 
-def export(checkpoint_path: Path, artifact_path: Path) -> Artifact:
-    """Write the artifact of a checkpoint, fp32 for ONNX Runtime, and read it back verified.
+@dataclass(frozen=True)
+class Export:
+    """An artifact, the variant that was asked for, and what lint says of its graphs."""
 
-    Raises ArtifactError, OptionError; an artifact that was there before stays whole.
+    artifact: Artifact
+    variant: str
+    unchanged: bool = False
+    findings: tuple[tuple[str, Finding], ...] = ()  # with the network
+
+
+def export(
+    checkpoint_path: Path,
+    artifact_path: Path,
+    options: VariantOptions | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
+    progress: Progress = lambda _: None,
+) -> Export:
+    """Write one variant of a checkpoint into an artifact, and read it back verified.
+
+    Other variants of the same checkpoint stay; those of another one go. Where the variant is there
+    already nothing is done. Raises ArtifactError, OptionError; an artifact that was there before
+    stays whole.
     """
-    import onnxruntime
-
+    options = options or VariantOptions()
+    recover(artifact_path)  # before it is asked for its variants
     checkpoint = read_checkpoint(checkpoint_path)
-    source = Source(path=checkpoint_path.as_posix(), sha256=checkpoint.sha256())
+    options.check(checkpoint.model)
+    progress("reading the checkpoint")
+    source = Source(
+        path=checkpoint_path.as_posix(),
+        sha256=checkpoint.sha256(),
+        loras=tuple(_lora(path, scale) for path, scale in loras),
+    )
+    before = _same_source(artifact_path, source)
+    if before and options.is_built(before.manifest.variants.get(options.name)):
+        return Export(before, options.name, unchanged=True)
     with new_artifact(artifact_path) as folder:
-        files = {}
-        for name, spec in checkpoint.model.networks.items():
-            files[name] = f"{VARIANT}/{name}.onnx"
-            export_network(load_network(checkpoint_path / name), spec, folder / files[name])
-        variant = Variant(
-            runtime="onnxruntime",
-            precision="fp32",
-            runtime_version=onnxruntime.__version__,
-            networks=files,
-        )
+        if before:
+            link_files(before, folder)
+            _forget(folder, options.name, before.manifest.variants.get(options.name))
+        else:
+            _save_tokenizers(checkpoint, folder)
+        graphs = _export_graphs(checkpoint, source, options, folder, progress)
+        findings = _lint(graphs, folder, options, progress)
+        variant = options.describe(graphs)
+        variants = {**(before.manifest.variants if before else {}), options.name: variant}
         manifest = Manifest(
             vitrine_version=version("vitrine"),
             source=source,
             model=checkpoint.model,
-            variants={VARIANT: variant},
-            selected=VARIANT,
+            variants=variants,
+            selected=before.manifest.selected if before else options.name,
             files=hash_files(folder),
         )
         write_manifest(folder, manifest)
-    return read_artifact(artifact_path)
+    return Export(read_artifact(artifact_path), options.name, findings=tuple(findings))
+
+
+def _lora(path: Path, scale: float) -> Lora:
+    if not path.is_file():
+        raise ArtifactError(f"LoRA weights '{path}' do not exist")
+    if path.suffix != ".safetensors":
+        raise ArtifactError(f"LoRA weights must be a .safetensors file, got '{path}'")
+    values = {"path": path.as_posix(), "sha256": file_sha256(path), "scale": scale}
+    return Lora.parse(values, f"LoRA weights '{path}'")
+
+
+def _same_source(artifact_path: Path, source: Source) -> Artifact | None:
+    """The artifact that is there, where this version made it from the same weights."""
+    if not is_artifact(artifact_path):
+        return None
+    try:
+        artifact = read_artifact(artifact_path)
+    except ArtifactError:
+        return None  # damaged: it is made anew
+    found = artifact.manifest.source
+    same = found.sha256 == source.sha256 and [(x.sha256, x.scale) for x in found.loras] == [
+        (x.sha256, x.scale) for x in source.loras
+    ]
+    return artifact if same and artifact.manifest.vitrine_version == version("vitrine") else None
+
+
+def _forget(folder: Path, name: str, variant: Variant | None) -> None:
+    """Remove the plans and the evidence of a variant that is made anew."""
+    shutil.rmtree(folder / name, ignore_errors=True)
+    if variant and variant.quality:
+        (folder / variant.quality.worst_picture).unlink(missing_ok=True)
+
+
+def _save_tokenizers(checkpoint: Checkpoint, folder: Path) -> None:
+    for name, tokenizer in checkpoint_tokenizers(checkpoint.path, checkpoint.model).items():
+        path = folder / checkpoint.model.tokenizers[name]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(path))
+
+
+def _export_graphs(
+    checkpoint: Checkpoint,
+    source: Source,
+    options: VariantOptions,
+    folder: Path,
+    progress: Progress,
+) -> dict[str, str]:
+    """The ONNX file of every network; those that another variant has already are used again."""
+    model = checkpoint.model
+    precisions = {
+        name: _network_precision(checkpoint.path, name, options.graph_precision)
+        for name in model.networks
+    }
+    files = {
+        name: options.graph(name, spec, precisions[name]) for name, spec in model.networks.items()
+    }
+    missing = {name: file for name, file in files.items() if not (folder / file).exists()}
+    if not missing:
+        return files
+    from engine.networks.load import load_network  # torch: an unchanged export does without
+    from engine.networks.lora import fused
+    from export.onnx import export_network
+
+    with fused(checkpoint.path, source.loras) as path:
+        for name, file in missing.items():
+            progress(f"exporting {name} in {precisions[name]}")
+            network = load_network(path, name, model.networks[name], precisions[name])
+            sizes = model.symbols(name, options.size) if options.size else None
+            export_network(network, folder / file, sizes)
+            del network  # before the next one is loaded
+    return files
+
+
+def _network_precision(checkpoint: Path, name: str, precision: TypedPrecision) -> TypedPrecision:
+    """The precision of one network: a VAE that overflows in half precision says so itself."""
+    if precision == "fp16" and name in VAE_NETWORKS:
+        config = read_json(checkpoint / "vae" / "config.json", checkpoint)
+        return "fp32" if config.get("force_upcast") is True else precision
+    return precision
+
+
+def _lint(
+    graphs: dict[str, str], folder: Path, options: VariantOptions, progress: Progress
+) -> list[tuple[str, Finding]]:
+    """What lint says of each graph for the runtime. Raises ArtifactError where one cannot run."""
+    progress(f"linting for {options.runtime}")
+    findings = [
+        (name, finding)
+        for name, file in graphs.items()
+        for finding in lint(folder / file, options.lint_target)
+    ]
+    for name, finding in findings:
+        if finding.severity == "error":
+            raise ArtifactError(
+                f"{name} cannot run on {options.runtime}: {finding.rule}: {finding.node}: "
+                f"{finding.message}; {finding.mend}"
+            )
+    return findings

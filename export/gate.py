@@ -11,8 +11,9 @@ from pydantic import Field
 from engine.artifact import Artifact, read_artifact, write_manifest
 from engine.checkpoint import Checkpoint, file_sha256, read_checkpoint
 from engine.errors import ArtifactError, QualityError
-from engine.images import grid, to_uint8
+from engine.images import Picture, grid, to_uint8
 from engine.manifest import ModelSpec, Quality
+from engine.networks.lora import fused
 from engine.options import Options
 from engine.pipeline import Pipeline, open_pipeline
 from engine.quality import psnr_db, ssim
@@ -45,8 +46,10 @@ def check(
     name = variant or artifact.manifest.selected
     artifact.variant(name)
     checkpoint = _source(artifact, checkpoint_path)
-    requests = gate_requests(artifact.manifest.model, pictures)
-    references = _pictures(open_pipeline(checkpoint.path), requests, "torch-fp32")
+    size = artifact.variant(name).size
+    requests = gate_requests(artifact.manifest.model, pictures, size)
+    with fused(checkpoint.path, artifact.manifest.source.loras) as path:
+        references = _pictures(open_pipeline(path), requests, "torch-fp32")
     try:
         results = _pictures(open_pipeline(artifact.path, name), requests, name)
     except QualityError as error:
@@ -60,25 +63,51 @@ def check(
     return quality
 
 
-def gate_requests(model: ModelSpec, count: int) -> list[Request]:
-    """Requests over seeds, and with them over labels, samplers, 4..30 steps and guidance."""
-    requests = []
-    for seed in range(count):
-        label = model.labels[seed % len(model.labels)]
-        if model.defaults is None:
-            requests.append(Request(label=label, seed=seed))
-            continue
-        guidance = (1.0, 2.0, 3.5, 5.0)[seed % 4] if model.null_label is not None else 1.0
-        requests.append(
-            Request(
-                label=label,
-                seed=seed,
-                num_inference_steps=4 + 7 * seed % 27,
-                guidance_scale=guidance,
-                sampler=model.samplers[seed % len(model.samplers)],
-            )
-        )
-    return requests
+PROMPTS = (
+    "a red leather shoe on a white background",
+    "a person wearing a green coat, studio photo",
+    "a blue bag",
+    "",
+)
+
+
+def gate_requests(
+    model: ModelSpec, count: int, size: tuple[int, int] | None = None
+) -> list[Request]:
+    """Requests over seeds, and with them over labels or prompts, samplers, 4..30 steps, guidance.
+
+    Models that repaint get a picture and a mask made here. `size`: of a build that makes one only.
+    """
+    return [Request.of(_gate_request(model, seed, size)) for seed in range(count)]
+
+
+def _gate_request(model: ModelSpec, seed: int, size: tuple[int, int] | None) -> dict[str, object]:
+    values: dict[str, object] = {"seed": seed}
+    if model.labels:
+        values["label"] = model.labels[seed % len(model.labels)]
+    if model.tokenizers:
+        values["prompt"] = PROMPTS[seed % len(PROMPTS)]
+    if model.takes_image == "with mask":
+        height, width = size or (model.image.height, model.image.width)
+        values["image"] = _gradient(height, width)
+        values["mask"] = np.zeros((height, width, 1), np.uint8)
+        values["mask"][height // 4 : height // 2, width // 4 :] = 255  # type: ignore[index]
+    if model.defaults is None:
+        return values
+    guided = (1.0, 2.0, 3.5, 5.0)[seed % 4] if model.guidance != "none" else 1.0
+    return {
+        **values,
+        "num_inference_steps": 4 + 7 * seed % 27,
+        "guidance_scale": guided,
+        "sampler": model.samplers[seed % len(model.samplers)],
+    }
+
+
+def _gradient(height: int, width: int) -> Picture:
+    rows, columns = np.linspace(0, 255, height), np.linspace(0, 255, width)
+    red, green = np.meshgrid(rows, columns, indexing="ij")
+    picture: Picture = np.stack([red, green, 255 - red], -1).astype(np.uint8)
+    return picture
 
 
 def shortfall(quality: Quality, floors: Floors) -> str:

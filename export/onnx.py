@@ -1,46 +1,47 @@
-"""A network as an ONNX file: dynamic batch, one timestep per row."""
+"""A network as an ONNX file: dynamic batch and picture size, one timestep per row."""
 
 import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from engine.errors import ArtifactError
-from engine.manifest import NetworkSpec, TensorSpec
+from engine.manifest import TensorSpec, split_axis
+from engine.networks.network import Network
 
 OPSET = 20  # 18-22 is what every runtime takes; from 21 on quantizers lose the group norms
+OPSET_BF16 = 22  # the first with convolutions in bfloat16
 _DTYPES = {"float32": torch.float32, "int64": torch.int64}
+_LARGEST = {"batch": 4096, "height": 4096, "width": 4096}
+# sizes of the trace: all different, and none of them 1, which would be taken for a constant
+_TRACED = {"batch": 2, "height": 3, "width": 5}
 
 
-def export_network(network: nn.Module, spec: NetworkSpec, path: Path) -> None:
-    """Trace a module whose `forward` takes the inputs of `spec` in order; write `path`.
+def export_network(network: Network, path: Path, sizes: Mapping[str, int] | None = None) -> None:
+    """Trace a network in its own precision; write `path`, beside it its weights if they are large.
+
+    `sizes` are the values of axes that shall be fixed (`{"height": 8, "width": 8}`).
 
     Raises ArtifactError where torch cannot export it.
     """
-    axes = {
-        axis: torch.export.Dim(axis, min=1, max=4096)
-        for tensor in spec.inputs
-        for axis in tensor.shape
-        if isinstance(axis, str)
-    }
-    dynamic_shapes = tuple(
-        {i: axes[axis] for i, axis in enumerate(tensor.shape) if isinstance(axis, str)}
-        for tensor in spec.inputs
-    )
+    sizes = sizes or {}
+    spec = network.spec
+    dims = {axis: torch.export.Dim(axis, min=1, max=largest) for axis, largest in _LARGEST.items()}
+    dynamic_shapes = tuple(_dynamic_axes(tensor, dims, sizes) for tensor in spec.inputs)
     try:
-        with _quiet():
+        with _quiet(), torch.inference_mode():
             program = torch.onnx.export(
                 network.eval(),
-                tuple(_example(tensor) for tensor in spec.inputs),
+                tuple(_example(tensor, {**_TRACED, **sizes}) for tensor in spec.inputs),
                 input_names=[tensor.name for tensor in spec.inputs],
                 output_names=[tensor.name for tensor in spec.outputs],
-                opset_version=OPSET,
+                opset_version=OPSET_BF16 if network.dtype == torch.bfloat16 else OPSET,
                 dynamo=True,
-                dynamic_shapes=dynamic_shapes,
+                dynamic_shapes=(dynamic_shapes,),
                 optimize=True,
                 verbose=False,
             )
@@ -51,14 +52,29 @@ def export_network(network: nn.Module, spec: NetworkSpec, path: Path) -> None:
     program.save(str(path))
 
 
-def _example(tensor: TensorSpec) -> torch.Tensor:
-    """Any valid value: two rows, so that a batch of one is not taken for a constant."""
-    shape = [2 if isinstance(axis, str) else axis for axis in tensor.shape]
+def _dynamic_axes(
+    tensor: TensorSpec, dims: Mapping[str, torch.export.Dim], sizes: Mapping[str, int]
+) -> dict[int, object]:
+    axes: dict[int, object] = {}
+    for index, axis in enumerate(tensor.shape):
+        if isinstance(axis, str):
+            factor, name = split_axis(axis)
+            if name not in sizes:
+                axes[index] = dims[name] if factor == 1 else factor * dims[name]
+    return axes
+
+
+def _example(tensor: TensorSpec, sizes: Mapping[str, int]) -> torch.Tensor:
+    """Any valid value of the shape to trace."""
+    shape = []
+    for axis in tensor.shape:
+        factor, name = split_axis(axis) if isinstance(axis, str) else (axis, "")
+        shape.append(factor * sizes[name] if name else factor)
     return torch.ones(shape, dtype=_DTYPES[tensor.dtype])
 
 
 @contextlib.contextmanager
-def _quiet():  # type: ignore[no-untyped-def]
+def _quiet() -> Iterator[None]:
     """torch's exporter prints and warns about its own internals."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

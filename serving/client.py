@@ -44,38 +44,50 @@ class Client:
     def generate(
         self,
         model: str,
-        label: str,
+        label: str | None = None,
         *,
+        prompt: str | None = None,
+        negative_prompt: str | None = None,
         seed: int = 0,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         sampler: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Picture:
         """One picture, uint8 `[H, W, C]`; an option of None is the model's default.
 
-        Raises OptionError for a request that is not allowed, RuntimeUnavailableError where no
-        server answers within `timeout_s`.
+        A model takes a `label` or a `prompt`. Raises OptionError for a request that is not
+        allowed, RuntimeUnavailableError where no server answers within `timeout_s`.
         """
         return self.submit(
             model,
             label,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
             seed=seed,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             sampler=sampler,
+            height=height,
+            width=width,
             timeout_s=timeout_s,
         ).result()
 
     def submit(
         self,
         model: str,
-        label: str,
+        label: str | None = None,
         *,
+        prompt: str | None = None,
+        negative_prompt: str | None = None,
         seed: int = 0,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         sampler: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> "Future[Picture]":
         """`generate` without waiting: the future holds the picture or the error.
@@ -83,30 +95,41 @@ class Client:
         Cancelling the future cancels the request on the server at its next step. Raises
         OptionError at once for a value that no model takes.
         """
+        if (label is None) == (prompt is None):
+            raise OptionError(f"a request has a label or a prompt, got {label!r} and {prompt!r}")
         options = {
+            "label": label,
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
             "seed": seed,
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
             "sampler": sampler,
+            "height": height,
+            "width": width,
         }
-        request = Request.of(label, options)
+        request = Request.of({name: v for name, v in options.items() if v is not None})
         return self._send(model, request, timeout_s)
 
     def _send(self, model: str, request: Request, timeout_s: float) -> "Future[Picture]":
         future: Future[Picture] = Future()
         call = self._client.async_infer(
             model,
-            [self._label_input(request.label)],
+            [self._subject(request)],
             lambda result, error: self._complete(future, result, error),
             client_timeout=timeout_s,
-            parameters=request.model_dump(exclude={"label"}, exclude_none=True),
+            parameters=request.model_dump(exclude={"label", "prompt"}, exclude_none=True),
         )
         future.add_done_callback(lambda done: call.cancel() if done.cancelled() else None)
         return future
 
-    def _label_input(self, label: str) -> Any:
-        tensor = self._triton.InferInput("label", [1, 1], "BYTES")
-        tensor.set_data_from_numpy(np.array([[label.encode()]], np.object_))
+    def _subject(self, request: Request) -> Any:
+        name, text = (
+            ("label", request.label) if request.label is not None else ("prompt", request.prompt)
+        )
+        assert text is not None
+        tensor = self._triton.InferInput(name, [1, 1], "BYTES")
+        tensor.set_data_from_numpy(np.array([[text.encode()]], np.object_))
         return tensor
 
     def _complete(self, future: "Future[Picture]", result: Any, error: Any) -> None:

@@ -60,6 +60,7 @@ def write_repository(artifacts: Sequence[Path], folder: Path) -> Path:
     _require_distinct_names(verified)
     for artifact in verified:
         artifact.variant()  # not one that fell short of a check
+        _require_servable(artifact)
     with _new_repository(folder) as partial:
         for artifact in verified:
             _write_model(artifact, partial / artifact.name)
@@ -92,6 +93,20 @@ def _require_distinct_names(artifacts: Sequence[Artifact]) -> None:
         raise OptionError(f"artifacts must have different names, got '{name}' twice: {paths}")
 
 
+def _require_servable(artifact: Artifact) -> None:
+    model = artifact.manifest.model
+    if model.takes_image == "with mask":
+        raise OptionError(
+            f"'{artifact.path}' is an inpainting model, and the server takes no pictures yet; "
+            "use vitrine generate"
+        )
+    if model.subject == "none":
+        raise OptionError(
+            f"'{artifact.path}' has neither labels nor prompts, and a Triton model needs an input; "
+            "use vitrine generate"
+        )
+
+
 def _write_model(artifact: Artifact, folder: Path) -> None:
     version = folder / VERSION
     version.mkdir(parents=True)
@@ -119,11 +134,12 @@ def config_text(name: str, model: ModelSpec) -> str:
         ) from None
     image = model.image
     config = model_config_pb2.ModelConfig(name=name, backend="python", max_batch_size=MAX_ROWS)
-    config.input.add(name="label", data_type=model_config_pb2.TYPE_STRING, dims=[1])
+    config.input.add(name=model.subject, data_type=model_config_pb2.TYPE_STRING, dims=[1])
+    height, width = (-1, -1) if image.multiple else (image.height, image.width)
     config.output.add(
         name="image",
         data_type=model_config_pb2.TYPE_UINT8,
-        dims=[image.height, image.width, image.channels],
+        dims=[height, width, image.channels],
     )
     config.instance_group.add(count=1, kind=model_config_pb2.ModelInstanceGroup.KIND_CPU)
     _add_batching(config, model)

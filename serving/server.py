@@ -153,8 +153,9 @@ class Server:
         parameters = {"binary_data_output": True, "seed": 0}
         if model.defaults is not None:
             parameters["num_inference_steps"] = 1
-        label = {"name": "label", "datatype": "BYTES", "shape": [1, 1], "data": [model.labels[0]]}
-        body = json.dumps({"inputs": [label], "parameters": parameters}).encode()
+        text = model.labels[0] if model.labels else ""
+        subject = {"name": model.subject, "datatype": "BYTES", "shape": [1, 1], "data": [text]}
+        body = json.dumps({"inputs": [subject], "parameters": parameters}).encode()
         url = f"{self.http_url}/v2/models/{name}/infer"
         try:
             with urllib.request.urlopen(url, body, timeout_s) as reply:

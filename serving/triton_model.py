@@ -109,28 +109,36 @@ def _key(request: Any) -> Hashable:
     Triton's correlation ids are not enough: a client may set one, and it may be one that Triton
     gave to another request. With what was asked for in the key, all rows of a key are equal.
     """
-    label = pb_utils.get_input_tensor_by_name(request, "label").as_numpy()
-    return request.correlation_id(), tuple(label.flat), request.parameters()
+    return request.correlation_id(), tuple(_subject(request)[1].flat), request.parameters()
+
+
+def _subject(request: Any) -> tuple[str, Any]:
+    """The one input tensor, by name: `label` or `prompt`, bytes [1, 1]."""
+    (tensor,) = request.inputs()
+    return tensor.name(), tensor.as_numpy()
 
 
 def _parse(request: Any) -> Request:
     """The request as a validated model. Raises OptionError."""
     if request.flags() & pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END:
         raise OptionError("a request must not set sequence_end; leave out all sequence options")
-    label = pb_utils.get_input_tensor_by_name(request, "label").as_numpy()
-    if label.shape != (1, 1):
+    name, subject = _subject(request)
+    if subject.shape != (1, 1):
         raise OptionError(
-            "label must have shape [1, 1], one request is one picture; "
-            f"got {list(label.shape)}, send one request for each picture"
+            f"{name} must have shape [1, 1], one request is one picture; "
+            f"got {list(subject.shape)}, send one request for each picture"
         )
     parameters = json.loads(request.parameters() or "{}")
-    if "label" in parameters:
-        raise OptionError("label is the input tensor, not a parameter; leave the parameter out")
-    return Request.of(_text(label[0, 0]), parameters)
+    if name in parameters:
+        raise OptionError(f"{name} is the input tensor, not a parameter; leave the parameter out")
+    for picture in ("image", "mask"):
+        if picture in parameters:
+            raise OptionError(f"{picture} is not a parameter; the server takes no pictures yet")
+    return Request.of({**parameters, name: _text(name, subject[0, 0])})
 
 
-def _text(value: bytes) -> str:
+def _text(name: str, value: bytes) -> str:
     try:
         return value.decode()
     except UnicodeDecodeError:
-        raise OptionError(f"label must be UTF-8 text, got {value!r}") from None
+        raise OptionError(f"{name} must be UTF-8 text, got {value!r}") from None

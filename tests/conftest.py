@@ -1,5 +1,6 @@
 """Tiny models with random weights, and a real server for them: made in code, once a session."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,7 +74,19 @@ def gan_artifact(gan_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 def _export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from export.build import export
 
-    return export(checkpoint, tmp_path_factory.mktemp("artifacts") / checkpoint.name).path
+    return export(checkpoint, tmp_path_factory.mktemp("artifacts") / checkpoint.name).artifact.path
+
+
+@pytest.fixture
+def checkpoint(diffusion_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of `diffusion_checkpoint` to damage."""
+    return Path(shutil.copytree(diffusion_checkpoint, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def artifact(diffusion_artifact: Path, tmp_path: Path) -> Path:
+    """A copy of `diffusion_artifact` to damage or to check, alone in its folder."""
+    return Path(shutil.copytree(diffusion_artifact, tmp_path / "artifacts" / "tiny"))
 
 
 @pytest.fixture(scope="session")

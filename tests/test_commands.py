@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+VARIANT = "onnxruntime-fp32"
+
 
 def vitrine(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "vitrine", *map(str, arguments)]
@@ -22,7 +24,14 @@ def test_export_check_and_generate_print_one_json_document(
     artifact = tmp_path / "artifact"
     done = vitrine("export", diffusion_checkpoint, "--output", artifact, "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"artifact": str(artifact), "variants": ["onnxruntime-fp32"]}
+    exported = {
+        "artifact": str(artifact), "variant": VARIANT, "variants": [VARIANT],
+        "unchanged": False, "pending": False,
+    }  # fmt: skip
+    assert json.loads(done.stdout) == exported
+    done = vitrine("export", diffusion_checkpoint, "--output", artifact, "--json")
+    assert json.loads(done.stdout) == {**exported, "unchanged": True}
+    assert f"{VARIANT} is up to date, nothing to do" in done.stderr.replace("\n", " ")
     done = vitrine("check", artifact, "--pictures", 4, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["psnr_db_min"] >= 60
@@ -52,16 +61,25 @@ def test_export_check_and_generate_print_one_json_document(
     ("arguments", "message"),
     [
         (("--label", "hat"), "label must be one of bag, boot, coat, got 'hat'"),
-        (("--label", "bag", "--sampler", "x"), "sampler must be one of ddim, euler, dpmpp_2m"),
+        (
+            ("--label", "bag", "--sampler", "x"),
+            "sampler must be one of ddim, euler, euler_ancestral, ",
+        ),
+        (("--label", "bag", "--prompt", "a bag"), "this model takes no prompt, got 'a bag'; leave"),
+        (("--label", "bag", "--height", 63), "height must be a multiple of 2, got 63; the near"),
+        (("--label", "bag", "--image", "no.png"), "no.png"),
         (("--label", "bag", "--steps", 0), "num_inference_steps must be 1..1000, got 0"),
         (("--label", "bag", "--steps", 1001), "num_inference_steps must be 1..1000, got 1001"),
         (("--label", "bag", "--guidance-scale", "nan"), "guidance_scale must be a finite number"),
         (("--label", "bag", "--guidance-scale", "inf"), "guidance_scale must be a finite number"),
         (("--label", "bag", "--seed", -1), "seed must be 0..9223372036854775807, got -1"),
-        (("--label", "bag", "--variant", "int8"), "variant must be one of onnxruntime-fp32"),
+        (
+            ("--label", "bag", "--variant", "int8"),
+            "variant must be one of onnxruntime-fp32, got 'int8'",
+        ),
         (("--label", "bag", "--count", 0), "--count"),
         (("--label", "bag", "--colour", "red"), "--colour"),
-        ((), "--label"),
+        ((), "label must be one of bag, boot, coat, got None"),
     ],
     ids=str,
 )
@@ -100,7 +118,7 @@ def test_a_damaged_artifact_is_refused_by_every_command_that_reads_one(
     diffusion_artifact: Path, tmp_path: Path
 ) -> None:
     artifact = shutil.copytree(diffusion_artifact, tmp_path / "artifact")
-    network = artifact / "onnxruntime-fp32" / "unet.onnx"
+    network = artifact / "graphs" / "fp32" / "unet.onnx"
     network.write_bytes(network.read_bytes()[:-1])
     for command in (
         ("generate", artifact, "--label", "bag", "--output", tmp_path / "out"),
@@ -113,7 +131,9 @@ def test_a_damaged_artifact_is_refused_by_every_command_that_reads_one(
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "export", "check", "serve", "demo"])
+@pytest.mark.parametrize(
+    "command", ["train", "generate", "export", "plan", "lint", "check", "serve", "demo"]
+)
 def test_every_command_explains_itself_and_takes_json(command: str) -> None:
     done = vitrine(command, "--help")
     assert done.returncode == 0

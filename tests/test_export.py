@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,54 +9,25 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from damage import contents, read_manifest, set_in, truncate_file
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
-from engine.artifact import (
-    hash_files,
-    new_artifact,
-    read_artifact,
-    write_manifest,
-)
+from engine.artifact import hash_files, read_artifact, write_manifest
 from engine.checkpoint import file_sha256, read_checkpoint
 from engine.errors import ArtifactError, OptionError, QualityError
 from engine.images import from_network_range, to_pillow
 from engine.manifest import Manifest
 from engine.pipeline import open_pipeline
 from engine.request import Request
-from export.build import VARIANT, export
+from export.build import export
 from export.gate import Floors, check, gate_requests
+from export.variant import VariantOptions
 
-UNET = f"{VARIANT}/unet.onnx"
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-Damage = Callable[[Path], object]
-
+VARIANT = "onnxruntime-fp32"
+UNET = "graphs/fp32/unet.onnx"
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
-
-@pytest.fixture
-def checkpoint(diffusion_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(diffusion_checkpoint, tmp_path / "checkpoint"))
-
-
-@pytest.fixture
-def artifact(diffusion_artifact: Path, tmp_path: Path) -> Path:
-    """A copy to damage or to check, alone in its folder."""
-    return Path(shutil.copytree(diffusion_artifact, tmp_path / "artifacts" / "tiny"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-def edit(path: Path, change: Callable[[dict], object]) -> None:
-    values = json.loads(path.read_text("utf-8"))
-    change(values)
-    path.write_text(json.dumps(values), "utf-8")
 
 
 # Writing an artifact
@@ -85,11 +55,60 @@ def test_others_may_read_what_export_wrote(diffusion_artifact: Path) -> None:
     assert diffusion_artifact.stat().st_mode & 0o777 == 0o755
 
 
-def test_exporting_again_replaces_the_artifact(checkpoint: Path, artifact: Path) -> None:
+def test_exporting_another_checkpoint_replaces_the_artifact(
+    checkpoint: Path, artifact: Path
+) -> None:
     (artifact / "stale.txt").write_text("old")
-    export(checkpoint, artifact)
-    assert "stale.txt" not in contents(artifact)
+    set_in("labels.json", labels=["bag", "boot", "hat"])(checkpoint)
+    exported = export(checkpoint, artifact)
+    assert not exported.unchanged
+    assert exported.artifact == read_artifact(artifact)
+    assert exported.artifact.manifest.model.labels == ("bag", "boot", "hat")
+    assert exported.artifact.manifest.source.sha256 == read_checkpoint(checkpoint).sha256()
+    assert set(contents(artifact)) == {"manifest.json", UNET}
     assert [path.name for path in artifact.parent.iterdir()] == [artifact.name]
+
+
+def test_exporting_an_unchanged_checkpoint_does_no_work(
+    checkpoint: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_tracing(monkeypatch)
+    check(artifact, pictures=1)
+    before, written_ns = contents(artifact), (artifact / "manifest.json").stat().st_mtime_ns
+    again = export(checkpoint, artifact)  # elsewhere by now, and the same
+    assert (again.unchanged, again.variant) == (True, VARIANT)
+    assert again.artifact.manifest.variants[VARIANT].accepted is True  # what a check found stays
+    assert contents(artifact) == before
+    assert (artifact / "manifest.json").stat().st_mtime_ns == written_ns
+
+
+def forbid_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trace(*arguments: object, **options: object) -> None:
+        raise AssertionError("a graph that is there already was exported again")
+
+    monkeypatch.setattr("torch.onnx.export", trace)
+
+
+def test_exporting_again_mends_a_damaged_artifact(checkpoint: Path, artifact: Path) -> None:
+    whole = (artifact / UNET).read_bytes()
+    truncate_file(artifact / UNET)
+    assert not export(checkpoint, artifact).unchanged
+    assert (artifact / UNET).read_bytes() == whole
+    assert set(contents(artifact)) == {"manifest.json", UNET}
+
+
+def test_a_second_variant_joins_the_first_and_shares_its_graphs(
+    checkpoint: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_tracing(monkeypatch)
+    check(artifact, pictures=1)
+    before = read_artifact(artifact).manifest
+    joined = export(checkpoint, artifact, VariantOptions(runtime="openvino"))
+    manifest = joined.artifact.manifest
+    assert (joined.variant, joined.unchanged) == ("openvino-fp32", False)
+    assert manifest.variants[joined.variant].networks == {"unet": UNET}
+    assert manifest.variants[VARIANT] == before.variants[VARIANT]
+    assert (manifest.selected, manifest.files) == (VARIANT, before.files)
 
 
 # The network file
@@ -151,253 +170,6 @@ def test_the_onnx_file_computes_what_diffusers_does(
     np.testing.assert_allclose(result, expected, atol=2e-5, rtol=0)
 
 
-# Checkpoints that cannot be exported
-
-
-def truncate(folder: Path) -> None:
-    path = folder / WEIGHTS
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def pickle_instead(folder: Path) -> None:
-    (folder / WEIGHTS).rename(folder / "unet/diffusion_pytorch_model.bin")
-
-
-def reshape_a_tensor(folder: Path) -> None:
-    weights = load_file(folder / WEIGHTS)
-    weights["conv_in.weight"] = weights["conv_in.weight"][:, :, :2].contiguous()
-    save_file(weights, folder / WEIGHTS)
-
-
-def drop_a_tensor(folder: Path) -> None:
-    weights = load_file(folder / WEIGHTS)
-    del weights["conv_in.bias"]
-    save_file(weights, folder / WEIGHTS)
-
-
-def set_in(file: str, **values: object) -> Damage:
-    return lambda folder: edit(folder / file, lambda found: found.update(values))
-
-
-def delete_from(file: str, key: str) -> Damage:
-    return lambda folder: edit(folder / file, lambda found: found.pop(key))
-
-
-DAMAGES: dict[str, tuple[Damage, str]] = {
-    "no index": (lambda f: (f / "model_index.json").unlink(), "has no model_index.json"),
-    "no config": (lambda f: (f / "unet/config.json").unlink(), "has no unet/config.json"),
-    "no labels": (lambda f: (f / "labels.json").unlink(), "has no labels.json"),
-    "no scheduler": (
-        lambda f: (f / "scheduler/scheduler_config.json").unlink(),
-        "has no scheduler/scheduler_config.json",
-    ),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), f"has no {WEIGHTS}"),
-    "index is a list": (lambda f: (f / "model_index.json").write_text("[]"), "must hold a JSON"),
-    "index is cut": (lambda f: (f / "model_index.json").write_text('{"un'), "not readable JSON"),
-    "pickle": (pickle_instead, "diffusion_pytorch_model.bin' is a pickle, which can run code"),
-    "truncated": (truncate, "unet' does not load"),
-    "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), "unet' does not load"),
-    "other shape": (reshape_a_tensor, "size mismatch for conv_in.weight"),
-    "tensor missing": (drop_a_tensor, r"Missing key\(s\) in state_dict: .conv_in.bias"),
-    "other class": (
-        set_in("model_index.json", unet=["diffusers", "UNet3DModel"]),
-        "unet of class UNet3DModel, which is not known; known are unet of class UNet2DModel",
-    ),
-    "half an entry": (set_in("model_index.json", unet=["diffusers"]), "unet of class diffusers"),
-    "two networks": (
-        set_in("model_index.json", generator=["engine", "Generator"]),
-        r"must have one network, got \['generator', 'unet'\]",
-    ),
-    "too few labels": (
-        set_in("labels.json", labels=["bag"]),
-        "num_class_embeds 4, but labels.json names 1 labels; it must have as many, or one more",
-    ),
-    "labels are numbers": (set_in("labels.json", labels=[1, 2, 3]), "a list of class names"),
-    "no channels": (delete_from("unet/config.json", "in_channels"), "has no in_channels"),
-    "four channels": (
-        set_in("unet/config.json", in_channels=4),
-        "unet/config.json': channels must be one of 1, 3, got 4",
-    ),
-    "channels are text": (set_in("unet/config.json", in_channels="x"), "unet/config.json': inv"),
-    "no size": (set_in("unet/config.json", sample_size=None), "must name its sample_size"),
-    "no groups": (set_in("unet/config.json", norm_num_groups=0), "unet' does not load"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_one_clear_error_and_the_old_artifact_stays(
-    damage: str, checkpoint: Path, artifact: Path
-) -> None:
-    apply, message = DAMAGES[damage]
-    apply(checkpoint)
-    before = contents(artifact.parent)
-    with pytest.raises(ArtifactError, match=message) as raised:
-        export(checkpoint, artifact)
-    assert len(str(raised.value).splitlines()) == 1
-    assert contents(artifact.parent) == before
-    assert [path.name for path in artifact.parent.iterdir()] == [artifact.name]
-
-
-@pytest.mark.parametrize("damage", ["truncated", "other class"])
-def test_a_damaged_checkpoint_leaves_no_new_folder(
-    damage: str, checkpoint: Path, tmp_path: Path
-) -> None:
-    DAMAGES[damage][0](checkpoint)
-    with pytest.raises(ArtifactError):
-        export(checkpoint, tmp_path / "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-
-
-def test_a_scheduler_option_that_is_not_honoured_is_refused(checkpoint: Path) -> None:
-    set_in("scheduler/scheduler_config.json", trained_betas=[0.1])(checkpoint)
-    with pytest.raises(OptionError, match=r"trained_betas must be null, got \[0.1\]"):
-        read_checkpoint(checkpoint)
-
-
-@pytest.mark.parametrize(
-    ("file", "values", "message"),
-    [
-        ("labels.json", {"labels": ["bag"]}, "num_class_embeds 3, but labels.json names 1"),
-        ("labels.json", {"labels": list("abcd")}, "num_class_embeds 3, but labels.json names 4"),
-        ("generator/config.json", {"out_channels": 2}, "channels must be one of 1, 3, got 2"),
-        ("generator/config.json", {"block_out_channels": 5}, "generator/config.json'"),
-        ("generator/config.json", {"block_out_channels": [8]}, "generator' does not load"),
-    ],
-)
-def test_a_gan_checkpoint_that_does_not_fit_itself_is_one_clear_error(
-    gan_checkpoint: Path, tmp_path: Path, file: str, values: dict[str, object], message: str
-) -> None:
-    folder = Path(shutil.copytree(gan_checkpoint, tmp_path / "gan"))
-    set_in(file, **values)(folder)
-    with pytest.raises(ArtifactError, match=message):
-        open_pipeline(folder)
-
-
-# Where an artifact may be written
-
-
-def test_an_output_that_is_no_artifact_is_refused_and_kept(
-    diffusion_checkpoint: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    (folder / "dog.png").write_bytes(b"a dog")
-    for output in (folder, folder / "dog.png"):
-        with pytest.raises(ArtifactError, match=r"exists and is not an artifact; choose another"):
-            export(diffusion_checkpoint, output)
-    assert contents(tmp_path) == {"photos/dog.png": b"a dog"}
-
-
-def test_an_empty_folder_may_become_an_artifact(tmp_path: Path) -> None:
-    with new_artifact(tmp_path / "empty") as folder:
-        (folder / "file").write_text("whole")
-    (tmp_path / "other").mkdir()
-    with new_artifact(tmp_path / "other") as folder:
-        (folder / "file").write_text("whole")
-    assert contents(tmp_path) == {"empty/file": b"whole", "other/file": b"whole"}
-
-
-def stop_half_way(artifact: Path, error: type[BaseException]) -> None:
-    with new_artifact(artifact) as folder:
-        (folder / "half.onnx").write_bytes(b"half")
-        raise error
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_a_stop_in_the_middle_leaves_the_old_artifact(
-    artifact: Path, error: type[BaseException]
-) -> None:
-    before = contents(artifact.parent)
-    with pytest.raises(error):
-        stop_half_way(artifact, error)
-    assert contents(artifact.parent) == before
-    assert [path.name for path in artifact.parent.iterdir()] == [artifact.name]
-    read_artifact(artifact)
-
-
-# Artifacts that cannot be read
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:-1]), f"{UNET} does not match"),
-        (lambda f: flip_a_bit(f / UNET), f"{UNET} does not match its manifest .sha256"),
-        (lambda f: (f / UNET).unlink(), f"lacks {UNET}"),
-    ],
-    ids=["truncated", "bit flipped", "missing"],
-)
-def test_a_damaged_artifact_names_the_file_and_the_command_that_mends_it(
-    artifact: Path, diffusion_checkpoint: Path, damage: Damage, message: str
-) -> None:
-    damage(artifact)
-    with pytest.raises(ArtifactError, match=message) as raised:
-        open_pipeline(artifact)
-    mend = f"export it again: vitrine export {diffusion_checkpoint} --output {artifact}"
-    assert str(raised.value).endswith(mend)
-
-
-def other_path(path: str) -> Damage:
-    def apply(values: dict) -> None:
-        values["variants"][VARIANT]["networks"]["unet"] = path
-        values["files"] = {path: "0" * 64}
-
-    return lambda folder: edit(folder / "manifest.json", apply)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda f: (f / "manifest.json").write_text('{"name": "shop"}'), "has format None, this"),
-        (set_in("manifest.json", format=2), "has format 2, this version reads 1; export it again"),
-        (set_in("manifest.json", colour="red"), "manifest.json: unknown key 'colour'.*export it"),
-        (delete_from("manifest.json", "model"), "manifest.json: model is required; export it"),
-        (
-            set_in("manifest.json", selected="int8"),
-            "selects int8, which is not one.*; export it",
-        ),
-        (set_in("manifest.json", files={}), f"names {UNET}, not in files; export it again"),
-        (other_path("../unet.onnx"), "may not leave the artifact, got '../unet.onnx'; export it"),
-        (other_path("/etc/passwd"), "may not leave the artifact, got '/etc/passwd'; export it"),
-        (other_path("a/../../b"), "may not leave the artifact"),
-        (other_path("..\\b"), "may not leave the artifact"),
-        (other_path(""), "may not leave the artifact"),
-    ],
-)
-def test_a_manifest_that_is_not_ours_is_refused(
-    artifact: Path, damage: Damage, message: str
-) -> None:
-    damage(artifact)
-    with pytest.raises(ArtifactError, match=message) as raised:
-        read_artifact(artifact)
-    assert str(artifact) in str(raised.value)
-
-
-def test_a_manifest_that_is_cut_off_is_not_readable_json(artifact: Path) -> None:
-    path = artifact / "manifest.json"
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ArtifactError, match=r"manifest.json' is not readable JSON"):
-        read_artifact(artifact)
-
-
-def test_a_folder_that_is_neither_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"neither an artifact \(manifest.json\) nor a check"):
-        open_pipeline(tmp_path)
-    with pytest.raises(ArtifactError, match="does not exist"):
-        read_artifact(tmp_path / "nothing")
-
-
-def test_a_checkpoint_has_no_variants(diffusion_checkpoint: Path) -> None:
-    with pytest.raises(OptionError, match="a checkpoint has no variants, got 'fp8'"):
-        open_pipeline(diffusion_checkpoint, "fp8")
-
-
 # The gate
 
 
@@ -443,10 +215,6 @@ def worsen(artifact: Path, factor: float) -> None:
     onnx.save(model, artifact / UNET)
     manifest = read_manifest(artifact)
     write_manifest(artifact, manifest.model_copy(update={"files": hash_files(artifact)}))
-
-
-def read_manifest(artifact: Path) -> Manifest:
-    return Manifest.parse(json.loads((artifact / "manifest.json").read_text("utf-8")))
 
 
 def test_a_wrong_network_is_under_the_floor_and_the_manifest_says_so(artifact: Path) -> None:
@@ -520,7 +288,7 @@ def test_checking_again_replaces_the_evidence(artifact: Path) -> None:
 
 
 def test_a_checkpoint_that_has_gone_is_asked_for(checkpoint: Path, tmp_path: Path) -> None:
-    artifact = export(checkpoint, tmp_path / "artifact").path
+    artifact = export(checkpoint, tmp_path / "artifact").artifact.path
     moved = checkpoint.rename(tmp_path / "moved")
     with pytest.raises(ArtifactError, match=r"checkpoint'.* does not exist; name its .*--checkpoi"):
         check(artifact, pictures=1)

@@ -21,7 +21,7 @@ FORBIDDEN = {
     "serving": {"export", "benchmarks", "vitrine"},
     "benchmarks": {"vitrine"},
 }
-TORCH = {"torch", "torchvision", "diffusers", "safetensors", "accelerate"}
+TORCH = {"torch", "torchvision", "diffusers", "transformers", "peft", "safetensors", "accelerate"}
 TORCH_PLACES = (
     "engine/networks/",
     "engine/training/",

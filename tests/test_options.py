@@ -1,21 +1,22 @@
 """A wrong option is refused in a sentence: what, what is allowed, what was given."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from engine.errors import OptionError
-from engine.manifest import Defaults, ImageSpec, ModelSpec
-from engine.request import Request, resolve
+from engine.manifest import Defaults, ImageSpec, ModelSpec, NetworkSpec
+from engine.request import Request, Resolved, resolve
 from engine.training.config import GanConfig, read_config
 
 GOOD = {"kind": "gan", "data": {"path": "photos"}}
 
 DIFFUSION = ModelSpec(
-    family="class_unet",
+    family="pixel_unet",
     labels=("bag", "boot"),
     image=ImageSpec(height=8, width=8, channels=1),
-    networks={},
+    networks={"unet": NetworkSpec(inputs=(), outputs=())},
     samplers=("ddim", "euler"),
     null_label=2,
     defaults=Defaults(num_inference_steps=20, guidance_scale=2.0, sampler="ddim"),
@@ -24,7 +25,7 @@ GAN = ModelSpec(
     family="gan",
     labels=("bag", "boot"),
     image=ImageSpec(height=8, width=8, channels=1),
-    networks={},
+    networks={"generator": NetworkSpec(inputs=(), outputs=())},
 )
 
 
@@ -138,10 +139,13 @@ def test_the_command_line_replaces_data_path_and_steps_of_the_file(tmp_path: Pat
         ({"seed": -1}, "seed must be 0..9223372036854775807, got -1"),
         ({"seed": 2**63}, f"seed must be 0..9223372036854775807, got {2**63}"),
         ({"sampler": 3}, "sampler must be a text, got 3"),
+        ({"label": 3}, "label must be a text, got 3"),
+        ({"height": 0}, "height must be 1..8192, got 0"),
+        ({"strength": 0.0}, "strength must be more than 0 and at most 1, got 0.0"),
         (
             {"steps": 4},
-            "unknown key 'steps'; allowed: label, seed, num_inference_steps, guidance_scale, "
-            "sampler",
+            "unknown key 'steps'; allowed: label, prompt, negative_prompt, seed, "
+            "num_inference_steps, guidance_scale, sampler, height, width, strength, image, mask",
         ),
     ],
 )
@@ -149,16 +153,21 @@ def test_a_wrong_request_is_refused_with_what_is_allowed(
     parameters: dict[str, object], message: str
 ) -> None:
     with pytest.raises(OptionError) as raised:
-        Request.of("bag", parameters)
+        Request.of({"label": "bag", **parameters})
     assert str(raised.value) == message
 
 
 def test_a_request_takes_the_defaults_of_its_model_where_it_does_not_say() -> None:
-    resolved = resolve(Request.of("boot", {"seed": 3, "num_inference_steps": 5}), DIFFUSION)
-    assert resolved == Request(
-        label="boot", seed=3, num_inference_steps=5, guidance_scale=2.0, sampler="ddim"
+    resolved = resolve(
+        Request.of({"label": "boot", "seed": 3, "num_inference_steps": 5}), DIFFUSION
     )
-    assert resolve(Request(label="bag"), GAN) == Request(label="bag")
+    assert resolved == Resolved(
+        label="boot", prompt="", negative_prompt=None, seed=3, num_inference_steps=5,
+        guidance_scale=2.0, sampler="ddim", height=8, width=8, strength=1.0, image=None, mask=None,
+    )  # fmt: skip
+    assert resolve(Request(label="bag"), GAN) == replace(
+        resolved, label="bag", seed=0, num_inference_steps=1, guidance_scale=1.0, sampler=""
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,6 +175,15 @@ def test_a_request_takes_the_defaults_of_its_model_where_it_does_not_say() -> No
     [
         (DIFFUSION, {"label": "hat"}, "label must be one of bag, boot, got 'hat'"),
         (GAN, {"label": "hat"}, "label must be one of bag, boot, got 'hat'"),
+        (DIFFUSION, {"label": None}, "label must be one of bag, boot, got None"),
+        (
+            DIFFUSION.model_copy(update={"labels": (), "null_label": None}),
+            {"guidance_scale": 1.0},
+            "this model has no label, got 'bag'; leave it out",
+        ),
+        (DIFFUSION, {"prompt": "hat"}, "this model takes no prompt, got 'hat'; leave it out"),
+        (GAN, {"strength": 0.5}, "this model takes no strength, got 0.5; leave it out"),
+        (DIFFUSION, {"height": 16}, "height must be 8, got 16"),
         (DIFFUSION, {"sampler": "heun"}, "sampler must be one of ddim, euler, got 'heun'"),
         (
             GAN,

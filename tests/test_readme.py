@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_pipelines import save
 
 from benchmarks.readme import demo_table
 
@@ -52,6 +53,7 @@ def workspace(tmp_path: Path) -> Path:
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     data = tmp_path / "data" / "fashion-mnist"
     data.mkdir(parents=True)
+    (tmp_path / "models").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (80, 28, 28), np.uint8)
     labels = (np.arange(80) % 10).astype(np.uint8)
     for name, magic, array in (
@@ -66,12 +68,16 @@ def workspace(tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_commands_of_the_readme_run_in_order(workspace: Path) -> None:
-    train, generate, serve, curl = blocks("sh")
+    train, generate, diffusers, serve, curl = blocks("sh")
     run(train.replace("my-gan", "my-gan --steps 2"), workspace)
     run(generate, workspace)
     pictures = sorted(path.name for path in (workspace / "runs" / "sneakers").iterdir())
     assert pictures == ["10.png", "7.png", "8.png", "9.png"]
     assert Image.open(workspace / "runs" / "sneakers" / "7.png").size == (32, 32)
+    save("stable-diffusion", workspace / "tiny").rename(workspace / "models/stable-diffusion-v1-5")
+    run(diffusers, workspace)
+    for picture in ("shoe/7.png", "green-shoe/7.png"):
+        assert Image.open(workspace / "runs" / picture).mode == "RGB"
     export, command = serve.strip().splitlines()
     run(export, workspace)
     with serving(command, workspace) as (http, grpc):

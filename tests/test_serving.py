@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -38,7 +39,7 @@ Options = dict[str, object]
 
 
 def alone(pipeline: Pipeline, label: str, options: Options) -> np.ndarray:
-    (picture,) = pipeline.generate([Request.of(label, options)])
+    (picture,) = pipeline.generate([Request.of({**options, "label": label})])
     return picture
 
 
@@ -56,6 +57,12 @@ def mixed_requests(pipeline: Pipeline, count: int) -> list[tuple[str, Options]]:
         )
         for _ in range(count)
     ]
+
+
+def evaluations(options: Options) -> int:
+    """Network calls of one request: Heun's method looks ahead in every step but the last."""
+    steps = int(str(options["num_inference_steps"]))
+    return 2 * steps - 1 if options["sampler"] == "heun" else steps
 
 
 def submit_all(
@@ -134,7 +141,7 @@ def test_concurrent_mixed_requests_are_the_pictures_made_alone(
     for picture, (label, options) in zip(pictures, requests, strict=True):
         np.testing.assert_array_equal(picture, alone(diffusion, label, options), str(options))
     counts = server.tick_counts(DIFFUSION).since(before)
-    assert counts.rows == sum(int(str(options["num_inference_steps"])) for _, options in requests)
+    assert counts.rows == sum(evaluations(options) for _, options in requests)
     assert server.rows_per_tick(DIFFUSION, before) >= 8
 
 
@@ -200,7 +207,11 @@ def test_plain_http_works_without_our_client(server: Server, diffusion: Pipeline
 
 
 BAD_PARAMETERS = [
-    (DIFFUSION, {"sampler": "heun"}, "sampler must be one of ddim, euler, dpmpp_2m, got 'heun'"),
+    (
+        DIFFUSION,
+        {"sampler": "unipc"},
+        "sampler must be one of ddim, euler, euler_ancestral, heun, dpmpp_2m, lcm, got 'unipc'",
+    ),
     (DIFFUSION, {"num_inference_steps": 0}, "num_inference_steps must be 1..1000, got 0"),
     (DIFFUSION, {"num_inference_steps": 1001}, "num_inference_steps must be 1..1000, got 1001"),
     (DIFFUSION, {"num_inference_steps": 2.5}, "steps must be a whole number, got 2.5"),
@@ -210,7 +221,11 @@ BAD_PARAMETERS = [
     (DIFFUSION, {"guidance_scale": math.inf}, "guidance_scale must be a finite number, got inf"),
     (DIFFUSION, {"guidance_scale": 0.5}, "guidance_scale must be 1..100, got 0.5"),
     (DIFFUSION, {"seed": -1}, "seed must be 0..9223372036854775807, got -1"),
-    (DIFFUSION, {"steps": 4}, "unknown key 'steps'; allowed: label, seed, num_inference_steps"),
+    (DIFFUSION, {"steps": 4}, "unknown key 'steps'; allowed: label, prompt, negative_prompt"),
+    (DIFFUSION, {"prompt": "a coat"}, "this model takes no prompt, got 'a coat'; leave it out"),
+    (DIFFUSION, {"image": "aGF0"}, "image is not a parameter; the server takes no pictures yet"),
+    (DIFFUSION, {"height": 63}, "height must be a multiple of 2, got 63; the nearest: 62 and 64"),
+    (GAN, {"height": 64}, "height must be 16, got 64"),
     (DIFFUSION, {"label": "coat"}, "label is the input tensor, not a parameter"),
     (GAN, {"num_inference_steps": 4}, "a GAN takes one step and no num_inference_steps, got 4"),
 ]
@@ -318,6 +333,9 @@ def test_the_client_refuses_what_no_model_takes_before_sending(client: Client) -
         client.submit(DIFFUSION, "bag", num_inference_steps=0)
     with pytest.raises(OptionError, match="guidance_scale must be a finite number, got nan"):
         client.submit(DIFFUSION, "bag", guidance_scale=math.nan)
+    for label, prompt in ((None, None), ("bag", "a bag")):
+        with pytest.raises(OptionError, match="a request has a label or a prompt, got "):
+            client.submit(DIFFUSION, label, prompt=prompt)
 
 
 def test_an_unknown_model_is_named(client: Client) -> None:
@@ -389,7 +407,7 @@ def test_a_damaged_artifact_is_refused_and_nothing_is_written(
         with pytest.raises(ArtifactError, match=r"unet\.onnx does not match its manifest"):
             write_repository([gan_artifact, damaged], output / "repository")
     network.unlink()
-    with pytest.raises(ArtifactError, match=r"lacks onnxruntime-fp32/unet\.onnx"):
+    with pytest.raises(ArtifactError, match=r"lacks graphs/fp32/unet\.onnx"):
         write_repository([gan_artifact, damaged], output / "repository")
     assert not output.exists()
 
@@ -536,13 +554,20 @@ def test_a_server_is_gone_after_its_block(gan_artifact: Path, tmp_path: Path) ->
         urllib.request.urlopen(f"{server.http_url}/v2/health/ready", timeout=5)
 
 
-def serve(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+@contextlib.contextmanager
+def serve(folder: Path, *arguments: str) -> "Iterator[subprocess.Popen[str]]":
+    """The command as a process; where the block fails it is killed, or its end would be awaited."""
     ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
     command = [sys.executable, "-m", "vitrine", "serve", *arguments, *ports, "--json"]
     environ = {**os.environ, "TMPDIR": str(folder)}
-    return subprocess.Popen(
+    with subprocess.Popen(
         command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    ) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])

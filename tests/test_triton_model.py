@@ -48,6 +48,10 @@ class FakeRequest:
     def correlation_id(self) -> int:
         return self.number
 
+    def inputs(self) -> list[SimpleNamespace]:
+        label = np.array([[self.label.encode()]], np.object_)
+        return [SimpleNamespace(name=lambda: "label", as_numpy=lambda: label)]
+
     def parameters(self) -> str:
         return self.parameters_json
 
@@ -74,9 +78,6 @@ def model(
         Tensor=lambda name, array: array,
         TRITONSERVER_REQUEST_RELEASE_RESCHEDULE=RESCHEDULE,
         TRITONSERVER_REQUEST_FLAG_SEQUENCE_END=2,
-        get_input_tensor_by_name=lambda request, name: SimpleNamespace(
-            as_numpy=lambda: np.array([[request.label.encode()]], np.object_)
-        ),
     )
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     monkeypatch.delitem(sys.modules, "serving.triton_model", raising=False)

@@ -22,7 +22,7 @@ except ImportError as error:
 
 
 class TorchBackend:
-    """A module whose `forward` takes the inputs of `spec` in order and returns one tensor."""
+    """A module whose `forward` takes the inputs of `spec` in order and returns its outputs."""
 
     def __init__(self, module: nn.Module, spec: NetworkSpec) -> None:
         self._module = module
@@ -30,8 +30,8 @@ class TorchBackend:
 
     @classmethod
     def load(cls, path: Path, spec: NetworkSpec) -> "TorchBackend":
-        """Load the network of a checkpoint's sub-folder. Raises ArtifactError."""
-        return cls(load_network(path).eval(), spec)
+        """Load a network of a checkpoint; `path` ends with its name. Raises ArtifactError."""
+        return cls(load_network(path.parent, path.name, spec), spec)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -47,8 +47,11 @@ class TorchBackend:
             for tensor in self._spec.inputs
         ]
         with torch.inference_mode():
-            output = self._module(*values)
-        return {self._spec.outputs[0].name: output.float().numpy()}
+            outputs = self._module(*values)
+        return {
+            tensor.name: output.numpy()
+            for tensor, output in zip(self._spec.outputs, outputs, strict=True)
+        }
 
     def close(self) -> None:
         del self._module

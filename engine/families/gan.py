@@ -1,45 +1,48 @@
 """Class-conditional GANs of ours: one network, one step."""
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from engine.errors import ArtifactError
-from engine.manifest import ImageSpec, ModelSpec, NetworkSpec, TensorSpec
+from engine.families.components import Components
+from engine.families.parts import Parts, tensor
+from engine.manifest import ImageSpec, ModelSpec, NetworkSpec
 from engine.noise import noise
-from engine.request import Request
+from engine.request import Resolved
 from engine.row import Row
 
-NETWORK = "generator"
+COMPONENTS: dict[str, tuple[str | None, ...]] = {"generator": ("Generator",)}
 
 
-def describe(configs: Mapping[str, dict[str, object]], labels: tuple[str, ...]) -> ModelSpec:
+def describe(parts: Parts) -> ModelSpec:
     """The model that a checkpoint's `generator/config.json` describes. Raises ArtifactError."""
-    config = configs[NETWORK]
-    if config["num_class_embeds"] != len(labels):
+    classes = parts.whole("generator", "num_class_embeds")
+    if not parts.labels:
+        raise ArtifactError("a GAN has its class names in labels.json; there is none")
+    if classes != len(parts.labels):
         raise ArtifactError(
-            f"generator/config.json has num_class_embeds {config['num_class_embeds']}, but "
-            f"labels.json names {len(labels)} labels; it must have as many"
+            f"generator/config.json has num_class_embeds {classes}, but labels.json names "
+            f"{len(parts.labels)} labels; it must have as many"
         )
-    size = 4 * 2 ** (len(config["block_out_channels"]) - 1)  # type: ignore[arg-type]
-    channels, latent_size = int(config["out_channels"]), int(config["latent_size"])  # type: ignore[call-overload]
+    size = 4 * 2 ** (parts.length("generator", "block_out_channels") - 1)
+    channels = parts.whole("generator", "out_channels")
     network = NetworkSpec(
         inputs=(
-            TensorSpec(name="latent", dtype="float32", shape=("batch", latent_size)),
-            TensorSpec(name="label", dtype="int64", shape=("batch",)),
+            tensor("latent", parts.whole("generator", "latent_size")),
+            tensor("label", dtype="int64"),
         ),
-        outputs=(TensorSpec(name="image", dtype="float32", shape=("batch", channels, size, size)),),
+        outputs=(tensor("image", channels, size, size),),
     )
     return ModelSpec(
         family="gan",
-        labels=labels,
-        image=ImageSpec(height=size, width=size, channels=channels),
-        networks={NETWORK: network},
+        labels=parts.labels,
+        image=ImageSpec.model_validate({"height": size, "width": size, "channels": channels}),
+        networks={"generator": network},
     )
 
 
-def prepare(model: ModelSpec, request: Request) -> Row:
+def prepare(components: Components, request: Resolved) -> Row:
     """The latent of the request's seed and its label index."""
-    (latent, _) = model.networks[NETWORK].inputs
+    model = components.model
+    (_, width) = model.networks["generator"].input("latent").shape
     label = np.array(model.labels.index(request.label), np.int64)
-    return Row(noise(request.seed, (int(latent.shape[1]),)), ({"label": label},))
+    return Row(noise(request.seed, (int(width),)), ({"label": label},))

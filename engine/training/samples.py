@@ -19,7 +19,7 @@ def save_samples(folder: Path, step: int, writer: SummaryWriter) -> None:
     requests = [Request(label=label, seed=seed) for seed in range(ROWS) for label in labels]
     pictures = list(pipeline.generate(requests))
     pipeline.close()
-    captions = [request.label for request in requests]
+    captions = [request.label or "" for request in requests]
     sheet = grid(pictures, len(labels), captions, scale=max(1, 64 // pictures[0].shape[0]))
     path = folder / "training" / "samples" / f"{step:07d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
