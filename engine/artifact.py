@@ -47,7 +47,7 @@ class Artifact:
         if name is None and chosen.accepted is False:
             raise QualityError(
                 f"artifact '{self.path}' was refused by vitrine check: {chosen.reason} "
-                f"({self.manifest.selected}); export it again, or check it against another floor"
+                f"({self.manifest.selected}); check it against another floor, or name another variant"
             )
         return chosen
 

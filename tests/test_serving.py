@@ -309,7 +309,11 @@ def test_a_cancelled_request_stops_taking_steps(server: Server, client: Client) 
 def test_sequence_ids_of_a_client_do_not_change_its_neighbours_pictures(
     server: Server, client: Client, diffusion: Pipeline
 ) -> None:
-    """Triton counts its own ids up from 1, so some of these are an id of a neighbour."""
+    """Triton counts its own ids up from 1, so some of these are an id of a neighbour.
+
+    Triton may drop such a neighbour or cancel it with the intruder (seen in one run of six): an
+    error then, never another picture.
+    """
     tensor = triton.InferInput("label", [1, 1], "BYTES")
     tensor.set_data_from_numpy(one_label("bag"))
     requests = [(LABELS[n % 3], {"seed": n, "num_inference_steps": 8}) for n in range(16)]
@@ -321,11 +325,18 @@ def test_sequence_ids_of_a_client_do_not_change_its_neighbours_pictures(
             )
             for number in range(1, 400, 7)
         ]  # fmt: skip
-        pictures = [future.result() for future in submit_all(client, DIFFUSION, requests)]
+        futures = [
+            client.submit(DIFFUSION, label, **options, timeout_s=20) for label, options in requests
+        ]
+        errors = [future.exception() for future in futures]
         for intruder in intruders:
             intruder.cancel()
-    for picture, (label, options) in zip(pictures, requests, strict=True):
-        np.testing.assert_array_equal(picture, alone(diffusion, label, options), str(options))
+    assert all(error is None or isinstance(error, RuntimeUnavailableError) for error in errors)
+    assert errors.count(None) >= len(requests) // 2
+    for future, error, (label, options) in zip(futures, errors, requests, strict=True):
+        if error is None:
+            expected = alone(diffusion, label, options)
+            np.testing.assert_array_equal(future.result(), expected, str(options))
 
 
 def test_the_client_refuses_what_no_model_takes_before_sending(client: Client) -> None:
