@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	$(BIN)/vitrine demo
 
 test: lint $(BINDINGS)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -47,7 +47,8 @@ class Artifact:
         if name is None and chosen.accepted is False:
             raise QualityError(
                 f"artifact '{self.path}' was refused by vitrine check: {chosen.reason} "
-                f"({self.manifest.selected}); check it against another floor, or name another variant"
+                f"({self.manifest.selected}); check it against another floor, or name another "
+                "variant"
             )
         return chosen
 

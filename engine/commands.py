@@ -89,6 +89,5 @@ def generate(
         files.append(output / f"{number}.png")
         save_png(files[-1], picture)
     pipeline.close()
-    what = label or (f"'{prompt}'" if prompt else "pictures")
-    console.print(f"{count} of {what} in {output}", markup=False)
+    console.print(f"{count} picture{'s' * (count > 1)} in {output}", markup=False)
     emit({"files": [str(file) for file in files]}, as_json)

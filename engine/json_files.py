@@ -13,7 +13,9 @@ def read_json(path: Path, folder: Path) -> dict[str, object]:
         values = json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         missing = path.relative_to(folder)
-        what = "does not exist" if not folder.is_dir() else f"has no {missing}"
+        what = f"has no {missing}" if folder.is_dir() else "does not exist"
+        if folder.is_file():
+            what = "is a file; it must be a folder"
         raise ArtifactError(f"'{folder}' {what}") from None
     except (ValueError, OSError) as error:
         raise ArtifactError(f"'{path}' is not readable JSON: {error}") from None

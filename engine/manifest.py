@@ -72,6 +72,7 @@ class ImageSpec(Options):
     multiple: int | None = Field(
         None, ge=1, description="a request's height and width are multiples of it; none: fixed"
     )
+    largest: int | None = Field(None, ge=1, description="of height and width; none: no limit")
 
 
 class LatentSpec(Options):
@@ -184,6 +185,7 @@ class Variant(Options):
         default_factory=dict, description="the ONNX files that TensorRT plans are built from"
     )
     build: dict[str, JsonValue] | None = Field(None, description="how its plans are built")
+    max_batch: int | None = Field(None, ge=1, description="rows of a call that its plans take")
     quality: Quality | None = None
     latency_ms: float | None = None
     accepted: bool | None = Field(None, description="none until checked")

@@ -113,7 +113,7 @@ def _check_subject(request: Request, model: ModelSpec) -> None:
     if model.labels and request.label not in model.labels:
         raise OptionError(f"label must be one of {', '.join(model.labels)}, got {request.label!r}")
     if not model.labels:
-        _refuse(request, ("label",), "this model has no {}")
+        _refuse(request, ("label",), "this model takes no {}")
     if not model.tokenizers:
         _refuse(request, ("prompt", "negative_prompt"), "this model takes no {}")
     elif request.prompt is None:
@@ -152,21 +152,15 @@ def _size(request: Request, model: ModelSpec, only: tuple[int, int] | None) -> t
     height, width = only or (model.image.height, model.image.width)
     if request.image is not None and multiple and not only:
         height, width = (max(s - s % multiple, multiple) for s in request.image.shape[:2])
-        _check_own_size(request, height, width)
     fixed = only is not None or multiple is None
-    return (
-        _side("height", request.height, height, None if fixed else multiple),
-        _side("width", request.width, width, None if fixed else multiple),
-    )
-
-
-def _check_own_size(request: Request, height: int, width: int) -> None:
-    """An image that is too large is not taken as it is where nobody says what to make of it."""
-    for name, asked, own in (("height", request.height, height), ("width", request.width, width)):
-        if asked is None and own > MAX_SIDE:
-            raise OptionError(
-                f"{name} must be 1..{MAX_SIDE}, and the image has {own}; give height and width"
-            )
+    height = _side("height", request.height, height, None if fixed else multiple)
+    width = _side("width", request.width, width, None if fixed else multiple)
+    largest = model.image.largest or MAX_SIDE
+    for name, value, asked in (("height", height, request.height), ("width", width, request.width)):
+        if value > largest:
+            own = ", the image's own; give height and width" if asked is None else ""
+            raise OptionError(f"{name} must be 1..{largest}, got {value}{own}")
+    return height, width
 
 
 def _side(name: str, asked: int | None, default: int, multiple: int | None) -> int:

@@ -64,6 +64,7 @@ def trajectory(
     num_inference_steps: int,
     image_seq_len: int | None = None,
     sigmas: FlowSpacing = "scheduler",
+    lcm_strength: float = 1.0,
 ) -> Trajectory:
     """The timesteps and coefficients of one request; equal to diffusers' scheduler of that name.
 
@@ -74,6 +75,7 @@ def trajectory(
         image_seq_len: tokens of the image; only a flow config with use_dynamic_shifting needs it.
         sigmas: how the flow pipeline calls `set_timesteps`: Stable Diffusion 3 leaves the spacing
             to the "scheduler", Flux gives it as "linear". `dpmpp_2m` always has its own.
+        lcm_strength: of an image for sampler lcm, whose steps are then the last ones; start at 0.
 
     Raises:
         OptionError: the sampler does not fit the config, the number of steps is out of range, or
@@ -85,7 +87,7 @@ def trajectory(
         case "ddim", _:
             return solvers.ddim(config, num_inference_steps)
         case "lcm", _:
-            return solvers.lcm(config, num_inference_steps)
+            return solvers.lcm(config, num_inference_steps, lcm_strength)
         case "euler", _:
             return solvers.euler(config, num_inference_steps)
         case "euler_ancestral", _:

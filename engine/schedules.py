@@ -102,11 +102,23 @@ def _trailing(train: int, count: int) -> NDArray[np.int64]:
     return np.arange(train, 0, -train / count)[:count].round().astype(np.int64) - 1
 
 
-def lcm_timesteps(config: SchedulerConfig, num_inference_steps: int) -> NDArray[np.int64]:
-    """[N] timesteps of LCMScheduler, falling: N of the steps that the model was distilled on."""
+def lcm_timesteps(
+    config: SchedulerConfig, num_inference_steps: int, strength: float = 1.0
+) -> NDArray[np.int64]:
+    """[N] timesteps of LCMScheduler, falling: N of the steps that the model was distilled on.
+
+    `strength` below 1 chooses them from the last of these steps, for a row that starts from an
+    image. Raises OptionError where there are fewer than N.
+    """
     original = config.original_inference_steps
-    distilled = np.arange(original, 0, -1) * (config.num_train_timesteps // original) - 1
-    chosen = np.linspace(0, original, num_inference_steps, endpoint=False)
+    left = int(original * strength)
+    if num_inference_steps > left:
+        raise OptionError(
+            f"num_inference_steps must be 1..{left} for lcm at strength {strength:g}, "
+            f"got {num_inference_steps}"
+        )
+    distilled = np.arange(left, 0, -1) * (config.num_train_timesteps // original) - 1
+    chosen = np.linspace(0, left, num_inference_steps, endpoint=False)
     timesteps: NDArray[np.int64] = distilled[np.floor(chosen).astype(np.int64)]
     return timesteps
 

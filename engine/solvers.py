@@ -59,9 +59,9 @@ def _check_start(sampler: str, config: SchedulerConfig, timestep: int) -> None:
         )
 
 
-def lcm(config: SchedulerConfig, num_inference_steps: int) -> Trajectory:
+def lcm(config: SchedulerConfig, num_inference_steps: int, strength: float = 1.0) -> Trajectory:
     """Multistep consistency sampling (https://arxiv.org/abs/2310.04378, algorithm 3)."""
-    timesteps = lcm_timesteps(config, num_inference_steps)
+    timesteps = lcm_timesteps(config, num_inference_steps, strength)
     _check_start("lcm", config, int(timesteps[0]))
     bar = alphas_cumprod(config)[timesteps].astype(np.float64)
     bar_next = np.append(bar[1:], 1.0)

@@ -35,6 +35,7 @@ class Export:
     artifact: Artifact
     variant: str
     unchanged: bool = False
+    replaced: tuple[str, ...] = ()  # variants of other weights, which were there and are gone
     findings: tuple[tuple[str, Finding], ...] = ()  # with the network
 
 
@@ -61,7 +62,9 @@ def export(
         sha256=checkpoint.sha256(),
         loras=tuple(_lora(path, scale) for path, scale in loras),
     )
-    before = _same_source(artifact_path, source)
+    found = _readable(artifact_path)
+    before = found if found and _is_from(source, found.manifest) else None
+    replaced = tuple(found.manifest.variants) if found and not before else ()
     if before and options.is_built(before.manifest.variants.get(options.name)):
         return Export(before, options.name, unchanged=True)
     with new_artifact(artifact_path) as folder:
@@ -83,7 +86,8 @@ def export(
             files=hash_files(folder),
         )
         write_manifest(folder, manifest)
-    return Export(read_artifact(artifact_path), options.name, findings=tuple(findings))
+    made = read_artifact(artifact_path)
+    return Export(made, options.name, findings=tuple(findings), replaced=replaced)
 
 
 def _lora(path: Path, scale: float) -> Lora:
@@ -95,19 +99,19 @@ def _lora(path: Path, scale: float) -> Lora:
     return Lora.parse(values, f"LoRA weights '{path}'")
 
 
-def _same_source(artifact_path: Path, source: Source) -> Artifact | None:
-    """The artifact that is there, where this version made it from the same weights."""
-    if not is_artifact(artifact_path):
-        return None
+def _readable(artifact_path: Path) -> Artifact | None:
+    """The artifact that is there; one that is damaged is made anew."""
     try:
-        artifact = read_artifact(artifact_path)
+        return read_artifact(artifact_path) if is_artifact(artifact_path) else None
     except ArtifactError:
-        return None  # damaged: it is made anew
-    found = artifact.manifest.source
-    same = found.sha256 == source.sha256 and [(x.sha256, x.scale) for x in found.loras] == [
-        (x.sha256, x.scale) for x in source.loras
-    ]
-    return artifact if same and artifact.manifest.vitrine_version == version("vitrine") else None
+        return None
+
+
+def _is_from(source: Source, manifest: Manifest) -> bool:
+    """Whether this version of ours made an artifact from the same weights."""
+    loras = [[(lora.sha256, lora.scale) for lora in s.loras] for s in (source, manifest.source)]
+    same = source.sha256 == manifest.source.sha256 and loras[0] == loras[1]
+    return same and manifest.vitrine_version == version("vitrine")
 
 
 def _forget(folder: Path, name: str, variant: Variant | None) -> None:

@@ -46,6 +46,9 @@ def export(
     workspace_gib: Annotated[
         float | None, typer.Option(help="default: all memory", rich_help_panel=_PLAN)
     ] = None,
+    tf32: Annotated[
+        bool, typer.Option(help="fp32 products with 10 bits", rich_help_panel=_PLAN)
+    ] = False,
     refit: Annotated[
         bool, typer.Option(help="other weights may be put in later", rich_help_panel=_PLAN)
     ] = False,
@@ -72,6 +75,7 @@ def export(
         profile,
         optimization_level=optimization_level,
         workspace_gib=workspace_gib,
+        tf32=tf32,
         refit=refit,
         strip_plan=strip_plan,
         weight_streaming=weight_streaming,
@@ -87,6 +91,12 @@ def export(
     with console.status(f"exporting {checkpoint}") as status:
         made = build(checkpoint, output, options, _loras(lora or ()), status.update)
     variants = made.artifact.manifest.variants
+    if made.replaced:
+        console.print(
+            f"{output} was of other weights: its variants {', '.join(made.replaced)} are gone",
+            style="yellow",
+            markup=False,
+        )
     for network, finding in made.findings:
         _print_finding(network, finding)
     pending = not variants[made.variant].networks and _plans_are_missing(output, made.variant)
@@ -95,8 +105,8 @@ def export(
     elif not pending:
         selected = made.artifact.manifest.selected
         console.print(
-            f"{output}: {made.variant} is exported, of {', '.join(variants)} {selected} is "
-            f"selected; next: vitrine check {output}"
+            f"{output}: {made.variant} exported; variants: {', '.join(variants)}; "
+            f"selected: {selected}; next: vitrine check {output}"
             + ("" if made.variant == selected else f" --variant {made.variant}"),
             markup=False,
         )
@@ -105,6 +115,7 @@ def export(
             "artifact": str(output),
             "variant": made.variant,
             "variants": list(variants),
+            "replaced": list(made.replaced),
             "unchanged": made.unchanged,
             "pending": pending,
         },

@@ -92,6 +92,9 @@ def _gate_request(model: ModelSpec, seed: int, size: tuple[int, int] | None) -> 
         values["image"] = _gradient(height, width)
         values["mask"] = np.zeros((height, width, 1), np.uint8)
         values["mask"][height // 4 : height // 2, width // 4 :] = 255  # type: ignore[index]
+    elif model.takes_image == "optional" and seed % 3 == 2:  # the VAE's encoder is judged too
+        values |= {"image": _gradient(*(size or (model.image.height, model.image.width)))}
+        values["strength"] = 0.6
     if model.defaults is None:
         return values
     guided = (1.0, 2.0, 3.5, 5.0)[seed % 4] if model.guidance != "none" else 1.0

@@ -16,7 +16,9 @@ from engine.networks.network import Network
 OPSET = 20  # 18-22 is what every runtime takes; from 21 on quantizers lose the group norms
 OPSET_BF16 = 22  # the first with convolutions in bfloat16
 _DTYPES = {"float32": torch.float32, "int64": torch.int64}
-_LARGEST = {"batch": 4096, "height": 4096, "width": 4096}
+# of the trace only, the graph takes any: from 64 rows on diffusers upsamples in another branch,
+# and torch would trace everything a second time to learn that
+_LARGEST = {"batch": 63, "height": 4096, "width": 4096}
 # sizes of the trace: all different, and none of them 1, which would be taken for a constant
 _TRACED = {"batch": 2, "height": 3, "width": 5}
 

@@ -10,6 +10,7 @@ from engine.options import Options
 Shape = tuple[int, ...]
 FORM = "NAME:MIN..OPT..MAX[,NAME:MIN..OPT..MAX], e.g. sample:1x4x64x64..4x4x64x64..8x4x96x96"
 _RANGE = ("min", "opt", "max")
+_NAME = re.compile(r"[A-Za-z_][\w./-]*")
 _SHAPE = re.compile(r"\d+(x\d+)*")
 
 
@@ -47,7 +48,7 @@ def parse_profile(text: str) -> Profile:
     shapes: dict[str, tuple[Shape, Shape, Shape]] = {}
     for part in text.split(","):
         name, _, ranges = (piece.strip() for piece in part.rpartition(":"))
-        if not name:
+        if not _NAME.fullmatch(name):
             raise OptionError(f"profile '{part}' names no input; write {FORM}")
         if name in shapes:
             raise OptionError(f"profile names input '{name}' twice; give each input once")

@@ -35,6 +35,10 @@ def parse_ranges(text: str) -> PlanRanges:
         raise OptionError(f"--profile must be BATCH or BATCH:HEIGHT:WIDTH, got {text!r}")
     names = ("batch", "height", "width")
     values = {name: _parse_range(name, part) for name, part in zip(names, parts, strict=False)}
+    if values["batch"][0] != 1:
+        raise OptionError(
+            f"--profile: batch must start at 1, a picture is decoded alone; got {parts[0]!r}"
+        )
     return PlanRanges.parse(values, f"--profile {text}")
 
 
@@ -99,9 +103,14 @@ class VariantOptions(Options):
     plan: PlanBuild = PlanBuild()
 
     @model_validator(mode="after")
-    def _one_size(self) -> Self:
+    def _can_be_built(self) -> Self:
         if (self.height is None) != (self.width is None):
             raise ValueError("height and width fix a picture size together: give both or none")
+        if (self.runtime, self.precision) == ("onnxruntime", "bf16"):
+            raise ValueError(
+                "onnxruntime computes nothing in bf16 on a CPU: choose precision fp32 or fp16, or "
+                "runtime openvino or tensorrt"
+            )
         return self
 
     @property
@@ -138,6 +147,9 @@ class VariantOptions(Options):
                 raise OptionError(f"{name} must be a multiple of {image.multiple}, got {side}")
         for network in model.networks:
             self.plan.profiles(model, network, self.size)
+        fewest = min(ranges.batch[2] for ranges in self.plan.ranges)
+        if fewest < 2 and model.guidance == "classifier_free":
+            raise OptionError(f"--profile: batch must reach 2, for a guided step; got {fewest}")
 
     @property
     def lint_target(self) -> "Target":
@@ -165,6 +177,7 @@ class VariantOptions(Options):
             networks={} if has_plans else graphs,
             graphs=graphs if has_plans else {},
             build=self._build,  # type: ignore[arg-type]
+            max_batch=min(r.batch[2] for r in self.plan.ranges) if has_plans else None,
         )
 
 

@@ -12,9 +12,7 @@ import torch
 
 from engine.families.parts import tensor
 from engine.manifest import NetworkSpec
-from engine.networks.autoencoders import Decoder
-from engine.networks.denoisers import UNet2DCondition
-from engine.networks.network import Network
+from engine.networks.load import load_network
 from export.onnx import export_network
 
 # The values of the public configs; the rest are diffusers' defaults.
@@ -29,52 +27,56 @@ VAE = {
 }  # fmt: skip
 
 
-def build(name: str) -> tuple[Network, dict[str, torch.Tensor]]:
-    """The network with random weights in fp32, and inputs for a picture of 512x512."""
+def save(name: str, folder: Path) -> tuple[NetworkSpec, dict[str, torch.Tensor]]:
+    """A checkpoint's folder with random fp32 weights, and inputs for a picture of 512x512."""
     torch.manual_seed(0)
     sample = torch.randn(1, 4, 64, 64)
     if name == "vae_decoder":
-        vae = diffusers.AutoencoderKL(**VAE)
-        vae.encoder = vae.quant_conv = None
+        component, network = "vae", diffusers.AutoencoderKL(**VAE)
         image = tensor("image", 3, "8*height", "8*width")
         latents = tensor("latents", 4, "height", "width")
-        spec = NetworkSpec(inputs=(latents,), outputs=(image,))
-        return Decoder(vae.eval().requires_grad_(False), spec), {"latents": sample}
-    unet = diffusers.UNet2DConditionModel(**UNET).eval().requires_grad_(False)
-    size = "8*height", "8*width"
-    spec = NetworkSpec(
-        inputs=(
-            tensor("sample", 4, *size),
-            tensor("timestep"),
-            tensor("encoder_hidden_states", 77, 768),
-        ),
-        outputs=(tensor("prediction", 4, *size),),
-    )
-    text = torch.randn(1, 77, 768)
-    feed = {"sample": sample, "timestep": torch.tensor([500.0]), "encoder_hidden_states": text}
-    return UNet2DCondition(unet, spec), feed
+        spec, feed = NetworkSpec(inputs=(latents,), outputs=(image,)), {"latents": sample}
+    else:
+        component, network = "unet", diffusers.UNet2DConditionModel(**UNET)
+        states = tensor("encoder_hidden_states", 77, 768)
+        noisy = tensor("sample", 4, "8*height", "8*width")
+        spec = NetworkSpec(
+            inputs=(noisy, tensor("timestep"), states),
+            outputs=(tensor("prediction", 4, "8*height", "8*width"),),
+        )
+        feed = {"sample": sample, "timestep": torch.tensor([500.0])}
+        feed["encoder_hidden_states"] = torch.randn(1, 77, 768)
+    network.save_pretrained(folder / component)
+    index = {component: ["diffusers", type(network).__name__]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return spec, feed
 
 
-def main(name: str, precision: str, folder: Path) -> None:
-    network, feed = build(name)
-    parameters = sum(weights.numel() for weights in network.parameters())
-    with torch.inference_mode():
-        (reference,) = network(*feed.values())
-    if precision == "fp16":
-        network = type(network)(network.module.half(), network.spec)
-    export_network(network, folder / "network.onnx")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    del network
-    session = onnxruntime.InferenceSession(str(folder / "network.onnx"))
-    (output,) = session.run(None, {key: value.numpy() for key, value in feed.items()})
-    expected = reference.numpy()
-    report = {
-        "parameters": parameters,
-        "peak_gib": round(peak / 2**20, 2),
-        "difference": float(np.abs(output - expected).max() / np.abs(expected).max()),
-    }
-    print(json.dumps(report))
+def main(action: str, name: str, precision: str, folder: Path) -> None:
+    """`save` the checkpoint and torch's answer; `export` it, alone in a process; `compare`."""
+    if action == "save":
+        spec, feed = save(name, folder)
+        network = load_network(folder, name, spec)
+        with torch.inference_mode():
+            (reference,) = network(*feed.values())
+        np.savez(folder / "feed.npz", **{key: value.numpy() for key, value in feed.items()})
+        np.save(folder / "reference.npy", reference.numpy())
+        (folder / "spec.json").write_text(spec.model_dump_json())
+        return
+    if action == "export":
+        spec = NetworkSpec.model_validate_json((folder / "spec.json").read_text())
+        network = load_network(folder, name, spec, precision)  # type: ignore[arg-type]
+        export_network(network, folder / f"{precision}.onnx")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        parameters = sum(weights.numel() for weights in network.parameters())
+        print(json.dumps({"peak_gib": round(peak / 2**20, 2), "parameters": parameters}))
+        return
+    session = onnxruntime.InferenceSession(str(folder / f"{precision}.onnx"))
+    (output,) = session.run(None, dict(np.load(folder / "feed.npz")))
+    expected = np.load(folder / "reference.npy")
+    difference = float(np.abs(output - expected).max() / np.abs(expected).max())
+    print(json.dumps({"difference": difference}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(*sys.argv[1:4], Path(sys.argv[4]))

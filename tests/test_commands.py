@@ -26,7 +26,7 @@ def test_export_check_and_generate_print_one_json_document(
     assert done.returncode == 0, done.stderr
     exported = {
         "artifact": str(artifact), "variant": VARIANT, "variants": [VARIANT],
-        "unchanged": False, "pending": False,
+        "replaced": [], "unchanged": False, "pending": False,
     }  # fmt: skip
     assert json.loads(done.stdout) == exported
     done = vitrine("export", diffusion_checkpoint, "--output", artifact, "--json")

@@ -62,6 +62,7 @@ def test_exporting_another_checkpoint_replaces_the_artifact(
     set_in("labels.json", labels=["bag", "boot", "hat"])(checkpoint)
     exported = export(checkpoint, artifact)
     assert not exported.unchanged
+    assert exported.replaced == (VARIANT,)  # the command says so
     assert exported.artifact == read_artifact(artifact)
     assert exported.artifact.manifest.model.labels == ("bag", "boot", "hat")
     assert exported.artifact.manifest.source.sha256 == read_checkpoint(checkpoint).sha256()

@@ -1,5 +1,6 @@
 """Every family, exported: the pictures of diffusers' own pipelines, for any mixture of requests."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -71,6 +72,7 @@ CASES = {
     "pixart-alpha": Case(("dpmpp_2m", "euler")),
     "pixart-sigma": Case(("dpmpp_2m", "euler")),
     "stable-diffusion-3": Case(("flow_euler", "dpmpp_2m", "heun")),
+    "stable-diffusion-3-without-t5": Case(("flow_euler", "dpmpp_2m"), negative=False),
     "flux": Case(("flow_euler", "dpmpp_2m"), negative=False),
     "flux-schnell": Case(("flow_euler",)),
 }
@@ -107,9 +109,15 @@ def opened(name: str, folder: Path) -> Family:
     checkpoint = save(name, folder / "checkpoints")
     artifact = folder / name
     export(checkpoint, artifact)
-    theirs = diffusers.DiffusionPipeline.from_pretrained(checkpoint, safety_checker=None)
+    missing = {"safety_checker": None}
+    if name.endswith("without-t5"):
+        missing = {"text_encoder_3": None, "tokenizer_3": None}
+    theirs = diffusers.DiffusionPipeline.from_pretrained(checkpoint, **missing)
     theirs.set_progress_bar_config(disable=True)
-    return Family(name, artifact, open_pipeline(artifact), theirs, theirs.scheduler.config)
+    scheduler = dict(theirs.scheduler.config)
+    if name != "ddpm":  # latents are never clipped
+        scheduler["clip_sample"] = False
+    return Family(name, artifact, open_pipeline(artifact), theirs, scheduler)
 
 
 def with_pictures(name: str, values: dict[str, object]) -> Request:
@@ -213,6 +221,7 @@ IMAGE_TO_IMAGE = {
     "stable-diffusion-xl": diffusers.StableDiffusionXLImg2ImgPipeline,
     "stable-diffusion-3": diffusers.StableDiffusion3Img2ImgPipeline,
     "flux": diffusers.FluxImg2ImgPipeline,
+    "lcm": diffusers.LatentConsistencyModelImg2ImgPipeline,
 }
 
 
@@ -223,6 +232,7 @@ IMAGE_TO_IMAGE = {
         ("stable-diffusion-xl", "euler"),
         ("stable-diffusion-3", "flow_euler"),
         ("flux", "flow_euler"),
+        ("lcm", "lcm"),
     ],
 )
 @pytest.mark.parametrize("strength", [1.0, 0.65])
@@ -230,7 +240,8 @@ def test_an_image_changes_as_in_diffusers_image_to_image(
     name: str, sampler: str, strength: float, open_family: Callable[[str], Family]
 ) -> None:
     family = open_family(name)
-    safety = {"requires_safety_checker": False} if name == "stable-diffusion" else {}
+    has_checker = name in ("stable-diffusion", "lcm")
+    safety = {"requires_safety_checker": False} if has_checker else {}
     pipeline = IMAGE_TO_IMAGE[name](**family.theirs.components, **safety)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = their_scheduler(sampler, family.scheduler)
@@ -243,6 +254,81 @@ def test_an_image_changes_as_in_diffusers_image_to_image(
     request = {**asked, "image": IMAGE, "guidance_scale": 4.0, "seed": 1, "sampler": sampler}
     (row,) = family.ours.run([Request.of(request)])
     assert psnr_db(theirs.astype(np.float32), family.ours.decode(row)) >= FLOOR_DB
+
+
+@pytest.mark.parametrize("keys", [{"clip_sample": True, "steps_offset": 0}, {}])
+def test_an_old_scheduler_config_is_corrected_as_in_diffusers(
+    keys: dict[str, object], open_family: Callable[[str], Family], tmp_path: Path
+) -> None:
+    family = open_family("stable-diffusion")
+    scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear")
+    checkpoint = tmp_path / "old"
+    family.theirs.save_pretrained(checkpoint)
+    scheduler.save_pretrained(checkpoint / "scheduler")
+    path = checkpoint / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    for key in ("clip_sample", "steps_offset"):
+        del config[key]
+    path.write_text(json.dumps({**config, **keys}))
+    index = json.loads((checkpoint / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    (checkpoint / "model_index.json").write_text(json.dumps(index))
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    asked = {"prompt": "a red shoe", "num_inference_steps": 5, "guidance_scale": 4.0}
+    generator = torch.Generator().manual_seed(0)
+    picture = theirs(**asked, **SIZE, generator=generator, output_type="np").images[0]
+    ours = open_pipeline(checkpoint)
+    (row,) = ours.run([Request.of({**asked, **SIZE, "sampler": "ddim"})])
+    assert psnr_db(picture.astype(np.float32), ours.decode(row)) >= FLOOR_DB
+
+
+def test_a_pixart_transformer_under_its_older_name_is_known(
+    open_family: Callable[[str], Family], tmp_path: Path
+) -> None:
+    family = open_family("pixart-sigma")
+    checkpoint = save("pixart-sigma", tmp_path)
+    for path in (checkpoint / "model_index.json", checkpoint / "transformer" / "config.json"):
+        path.write_text(path.read_text().replace("PixArtTransformer2DModel", "Transformer2DModel"))
+    renamed = open_pipeline(checkpoint)
+    request = Request.of(CASES["pixart-sigma"].requests()[0])
+    (ours,), (row,) = family.ours.run([request]), renamed.run([request])
+    assert psnr_db(family.ours.decode(ours), renamed.decode(row)) >= FLOOR_DB
+
+
+def test_calls_are_split_where_memory_or_a_build_says_so(
+    open_family: Callable[[str], Family], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = open_family("stable-diffusion")
+    requests = [Request.of(values) for values in CASES["stable-diffusion"].requests()]
+    expected = [picture.tobytes() for picture in family.ours.generate(requests)]
+    calls = []
+    whole = family.ours._components.run
+
+    def run(network: str, feed: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+        if network == "unet":
+            calls.append(len(feed["timestep"]))
+        return whole(network, feed)
+
+    monkeypatch.setattr(family.ours._components, "run", run)
+    assert max(calls, default=0) == 0
+    for limit in ("memory", "build"):
+        with monkeypatch.context() as patch:
+            if limit == "memory":
+                patch.setattr("engine.pipeline.PIXELS_A_CALL", 2 * 32 * 32)
+            else:
+                patch.setattr(family.ours, "_max_batch", 2)
+            assert [p.tobytes() for p in family.ours.generate(requests)] == expected
+            assert max(calls) == 2
+            calls.clear()
+
+
+def test_a_picture_larger_than_the_network_knows_positions_for_is_refused(
+    open_family: Callable[[str], Family],
+) -> None:
+    family = open_family("stable-diffusion-3")
+    with pytest.raises(OptionError, match=r"height must be 1\.\.96, got 100"):
+        family.ours.admit(Request.of({"prompt": "a", "height": 100}))
 
 
 def test_inpainting_with_less_strength_starts_from_the_image(

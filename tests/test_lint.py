@@ -620,6 +620,11 @@ def test_our_exported_networks_pass_for_tensorrt(
         assert [lint(network, "tensorrt") for network in networks] == [[] for _ in networks]
 
 
+def test_a_profile_of_a_plan_is_not_taken_for_an_inputs_name() -> None:
+    with pytest.raises(OptionError, match="names no input; write NAME:MIN"):
+        parse_profile("1..2..8:32..32..64:32..32..64")
+
+
 # Where nodes and values hide
 
 

@@ -91,7 +91,9 @@ def picture(folder: Path) -> Image:
 def diffusers_picture(checkpoint: Path, *loras: tuple[Path, float]) -> Image:
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(checkpoint)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(
+        pipeline.scheduler.config, clip_sample=False
+    )
     for number, (path, scale) in enumerate(loras):
         pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=f"l{number}")
         pipeline.fuse_lora(lora_scale=scale, adapter_names=[f"l{number}"])

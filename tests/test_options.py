@@ -179,7 +179,7 @@ def test_a_request_takes_the_defaults_of_its_model_where_it_does_not_say() -> No
         (
             DIFFUSION.model_copy(update={"labels": (), "null_label": None}),
             {"guidance_scale": 1.0},
-            "this model has no label, got 'bag'; leave it out",
+            "this model takes no label, got 'bag'; leave it out",
         ),
         (DIFFUSION, {"prompt": "hat"}, "this model takes no prompt, got 'hat'; leave it out"),
         (GAN, {"strength": 0.5}, "this model takes no strength, got 0.5; leave it out"),

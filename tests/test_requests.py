@@ -116,7 +116,7 @@ def test_an_image_too_large_to_make_is_refused_with_what_mends_it(
     for shape, name in (((20000, 32, 3), "height"), ((32, 20000, 3), "width")):
         message = refusal(models["flux"], {**PROMPT, "image": np.zeros(shape, np.uint8)})
         assert message == (
-            f"{name} must be 1..8192, and the image has 20000; give height and width"
+            f"{name} must be 1..8192, got 20000, the image's own; give height and width"
         )
 
 
@@ -151,7 +151,7 @@ def test_a_model_of_prompts_takes_one_and_no_label(
 ) -> None:
     assert refusal(models[name], {}) == "prompt is required"
     message = refusal(models[name], {**PROMPT, "label": "bag"})
-    assert message == "this model has no label, got 'bag'; leave it out"
+    assert message == "this model takes no label, got 'bag'; leave it out"
 
 
 @pytest.mark.parametrize("name", ["ddpm", "labelled", "gan"])
@@ -264,7 +264,7 @@ def test_what_a_model_cannot_do_is_refused_and_says_what_it_can(
     [
         ("ddpm", {"height": 17}, "height must be a multiple of 2, got 17; the nearest: 16 and 18"),
         ("ddpm", {"guidance_scale": 2.0}, "guidance_scale must be 1 for a model"),
-        ("ddpm", {"label": "0"}, "this model has no label, got '0'; leave it out"),
+        ("ddpm", {"label": "0"}, "this model takes no label, got '0'; leave it out"),
         ("labelled", {"label": "bag", "width": 1}, "width must be a multiple of 2, got 1"),
         ("gan", {"label": "bag", "width": 8}, "width must be 16, got 8"),
         ("gan", {"label": "bag", "num_inference_steps": 1}, "a GAN takes one step and no num_inf"),

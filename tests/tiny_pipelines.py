@@ -198,6 +198,12 @@ def stable_diffusion_3(folder: Path):
     )  # fmt: skip
 
 
+def stable_diffusion_3_without_t5(folder: Path):
+    made = stable_diffusion_3(folder)
+    made.register_modules(text_encoder_3=None, tokenizer_3=None)
+    return made
+
+
 def flux(folder: Path, guided: bool = True):
     first, tokenizer = clip(folder / "clip")
     second, tokenizer_2 = t5(folder / "t5")
@@ -229,6 +235,7 @@ BUILDERS: dict[str, Callable[[Path], diffusers.DiffusionPipeline]] = {
     "pixart-alpha": pixart_alpha,
     "pixart-sigma": pixart,
     "stable-diffusion-3": stable_diffusion_3,
+    "stable-diffusion-3-without-t5": stable_diffusion_3_without_t5,
     "flux": flux,
     "flux-schnell": flux_schnell,
 }

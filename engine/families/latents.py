@@ -1,9 +1,10 @@
 """Diffusion over the latents of a VAE: what the text-to-image families share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
+from pydantic import JsonValue
 
 from engine.errors import ArtifactError
 from engine.families import text
@@ -62,9 +63,16 @@ def model(
     num_inference_steps: int,
     guidance_scale: float,
     strength: float,
+    largest: int | None = None,
     zero_empty_prompt: bool = False,
+    scheduler_changes: Mapping[str, JsonValue] | None = None,
 ) -> ModelSpec:
-    """A text-to-image model: what its family found, around the VAE; `size` in latents."""
+    """A text-to-image model: what its family found, around the VAE.
+
+    `size` (default) and `largest` (none: no limit) are in latents.
+
+    `scheduler_changes`: keys that diffusers' pipeline of the family overrides.
+    """
     space, vae = describe(parts)
     name, network = denoiser
     _, channels, height, _ = network.inputs[0].shape
@@ -73,7 +81,11 @@ def model(
             f"the {name} takes {channels} channels, but the VAE has {space.channels} for latents"
         )
     multiple = space.downscale * split_axis(str(height))[0]
-    scheduler = SchedulerConfig.parse(parts.scheduler)
+    # clip_sample is for pixels: latents are not bounded by 1
+    stored = {**parts.stored_scheduler(), **(scheduler_changes or {})}
+    if "clip_sample" in stored or not SchedulerConfig.parse(stored).is_flow:
+        stored["clip_sample"] = False
+    scheduler = SchedulerConfig.parse(stored)
     return ModelSpec(
         family=family,
         image=ImageSpec(
@@ -81,11 +93,12 @@ def model(
             width=_rounded(size[1] * space.downscale, multiple),
             channels=3,
             multiple=multiple,
+            largest=None if largest is None else largest * space.downscale,
         ),
         networks={**encoders, name: network, **vae},
         tokenizers=text.tokenizer_files(parts),
         latents=space,
-        scheduler=parts.stored_scheduler(),
+        scheduler=stored,
         samplers=samplers_for(scheduler),
         zero_empty_prompt=zero_empty_prompt,
         defaults=Defaults(
@@ -113,12 +126,16 @@ def start(
     prompt that nobody gave. The draws of the request's generator are those of diffusers' pipelines,
     in their order: of the image's latents, of the start noise, of the masked image's latents.
     """
+    from_image = request.image is not None and (request.mask is None or request.strength < 1)
+    # LCM's own pipeline does all its steps, on another schedule; all others leave out the first
+    lcm = request.sampler == "lcm" and components.model.guidance == "embedded"
     solver = trajectory(
         request.sampler,
         components.scheduler,
         request.num_inference_steps,
         image_seq_len=_patches(components, request),
         sigmas=sigmas,
+        lcm_strength=request.strength if from_image and lcm else 1.0,
     )
     feeds = [condition(request.prompt)]
     if components.model.guidance == "classifier_free" and request.guidance_scale > 1:
@@ -126,8 +143,8 @@ def start(
     noise = Noise(request.seed)
     shape = _shape(components, request)
     index = 0
-    if request.image is not None and (request.mask is None or request.strength < 1):
-        index = solver.start(request.strength)
+    if request.image is not None and from_image:
+        index = 0 if lcm else solver.start(request.strength)
         solver = solver.begun_at(index)
         picture = _encode(components, to_network_range(_fitted(request.image, request)), noise)
         x = solver.signal[index] * picture + solver.noise_level[index] * noise(shape)

@@ -10,7 +10,7 @@ from engine.request import Resolved
 from engine.row import Feed, Row
 
 COMPONENTS: dict[str, tuple[str | None, ...]] = {
-    "transformer": ("PixArtTransformer2DModel",),
+    "transformer": ("PixArtTransformer2DModel", "Transformer2DModel"),  # its older name
     "vae": latents.VAES,
     "text_encoder": ("T5EncoderModel",),
     "tokenizer": text.T5_TOKENIZERS,
@@ -20,6 +20,7 @@ TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 
 def describe(parts: Parts) -> ModelSpec:
     """The model that a checkpoint's JSON files describe. Raises ArtifactError, OptionError."""
+    parts.require("transformer", norm_type=("ada_norm_single", None))
     tokens = TOKENS[str(parts.index["_class_name"])]
     encoder = text.t5(parts, "text_encoder", tokens, masked=True)
     channels, patch = (parts.whole("transformer", key) for key in ("in_channels", "patch_size"))

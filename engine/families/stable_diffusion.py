@@ -32,6 +32,8 @@ def describe(parts: Parts) -> ModelSpec:
         num_inference_steps=4 if few_steps else 50,
         guidance_scale=8.5 if few_steps else 7.5,
         strength=1.0 if "mask" in unet.input_names else 0.8,
+        # as diffusers' StableDiffusionPipeline corrects old configs; LCM's pipeline does not
+        scheduler_changes=None if few_steps else {"steps_offset": 1},
     )
 
 

@@ -53,6 +53,7 @@ def describe(parts: Parts) -> ModelSpec:
         num_inference_steps=28,
         guidance_scale=7.0,
         strength=0.6,
+        largest=parts.whole("transformer", "pos_embed_max_size") * patch,
     )
 
 

@@ -19,6 +19,8 @@ from engine.weights import weight_variant
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+RENAMED = {"Transformer2DModel": "PixArtTransformer2DModel"}  # as older PixArt checkpoints say
+
 # what diffusers raises for a config whose values do not fit each other is not documented
 LOAD_ERRORS = (
     SafetensorError, OSError, RuntimeError, TypeError, ValueError, ArithmeticError, LookupError,
@@ -34,6 +36,7 @@ def load_network(
     """
     component = "vae" if name in VAE_NETWORKS else name
     class_name = component_class(checkpoint, component)
+    class_name = RENAMED.get(class_name, class_name)
     module = _load_module(checkpoint / component, class_name, DTYPES[precision])
     return _wrapper(name, class_name)(module, spec).eval().requires_grad_(False)
 
