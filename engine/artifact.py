@@ -37,17 +37,17 @@ class Artifact:
         variants = self.manifest.variants
         if name is not None and name not in variants:
             raise OptionError(f"variant must be one of {', '.join(variants)}, got {name!r}")
-        name_ = name or self.manifest.selected
-        chosen = variants[name_]
+        label = name or self.manifest.selected
+        chosen = variants[label]
         if not chosen.networks:
             raise RuntimeUnavailableError(
-                f"{name_} of artifact '{self.path}' has no plans yet; on the machine with the GPU "
+                f"{label} of artifact '{self.path}' has no plans yet; on the machine with the GPU "
                 f"that shall run it: vitrine plan {self.path}"
             )
         if name is None and chosen.accepted is False:
             raise QualityError(
                 f"artifact '{self.path}' was refused by vitrine check: {chosen.reason} "
-                f"({self.manifest.selected}); check it against another floor, or name another "
+                f"({label}); check it against another floor, or name another "
                 "variant"
             )
         return chosen

@@ -84,9 +84,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _family(folder: Path, index: Mapping[str, object]) -> FamilyModule:
-    pipeline = str(index.get("_class_name"))
     if "_class_name" not in index:
         raise ArtifactError(f"'{folder / 'model_index.json'}' has no _class_name")
+    pipeline = str(index["_class_name"])
     if pipeline not in PIPELINES:
         raise ArtifactError(
             f"checkpoint '{folder}' is a {pipeline}, which is not known; "

@@ -18,7 +18,7 @@ from engine.families.components import Components
 from engine.families.known import FAMILIES
 from engine.images import Picture, from_network_range, to_uint8
 from engine.manifest import ModelSpec, NetworkSpec
-from engine.request import Request, resolve
+from engine.request import Request, Resolved, resolve
 from engine.row import Row, advance, network_inputs
 
 if TYPE_CHECKING:
@@ -47,8 +47,10 @@ class Pipeline:
 
     def admit(self, request: Request) -> Row:
         """The row of a request, before its first step. Raises OptionError."""
-        resolved = resolve(request, self.model, self._size)
-        return FAMILIES[self.model.family].prepare(self._components, resolved)
+        return self._prepare(resolve(request, self.model, self._size))
+
+    def _prepare(self, request: Resolved) -> Row:
+        return FAMILIES[self.model.family].prepare(self._components, request)
 
     def tick(self, rows: Sequence[Row]) -> None:
         """One step of every row, in as few network calls as sizes and memory allow."""
@@ -62,11 +64,13 @@ class Pipeline:
         for shape in dict.fromkeys(row.x.shape for row in rows):
             limit = self._max_evaluations(shape)
             call: list[Row] = []
+            evaluations = 0
             for row in (row for row in rows if row.x.shape == shape):
-                if call and sum(len(r.conditioning) for r in (*call, row)) > limit:
+                if call and evaluations + len(row.conditioning) > limit:
                     yield call
-                    call = []
+                    call, evaluations = [], 0
                 call.append(row)
+                evaluations += len(row.conditioning)
             yield call
 
     def _max_evaluations(self, shape: tuple[int, ...]) -> int:
@@ -90,11 +94,9 @@ class Pipeline:
 
         Raises OptionError before any work where one of the requests is not allowed.
         """
-        waiting = list(requests)
-        for request in waiting:
-            resolve(request, self.model, self._size)
+        waiting = [resolve(request, self.model, self._size) for request in requests]
         for start in range(0, len(waiting), max_rows):
-            batch = [self.admit(request) for request in waiting[start : start + max_rows]]
+            batch = [self._prepare(request) for request in waiting[start : start + max_rows]]
             while running := [row for row in batch if not row.done]:
                 self.tick(running)
             yield from batch

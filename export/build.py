@@ -177,7 +177,7 @@ def _lint(
     findings = [
         (name, finding)
         for name, file in graphs.items()
-        for finding in lint(folder / file, options.lint_target)
+        for finding in lint(folder / file, options.runtime)
     ]
     for name, finding in findings:
         if finding.severity == "error":

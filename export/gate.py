@@ -44,9 +44,8 @@ def check(
     floors = floors or Floors()
     artifact = read_artifact(artifact_path)
     name = variant or artifact.manifest.selected
-    artifact.variant(name)
-    checkpoint = _source(artifact, checkpoint_path)
     size = artifact.variant(name).size
+    checkpoint = _source(artifact, checkpoint_path)
     requests = gate_requests(artifact.manifest.model, pictures, size)
     with fused(checkpoint.path, artifact.manifest.source.loras) as path:
         references = _pictures(open_pipeline(path), requests, "torch-fp32")
@@ -87,14 +86,13 @@ def _gate_request(model: ModelSpec, seed: int, size: tuple[int, int] | None) -> 
         values["label"] = model.labels[seed % len(model.labels)]
     if model.tokenizers:
         values["prompt"] = PROMPTS[seed % len(PROMPTS)]
+    height, width = size or (model.image.height, model.image.width)
     if model.takes_image == "with mask":
-        height, width = size or (model.image.height, model.image.width)
         values["image"] = _gradient(height, width)
         values["mask"] = np.zeros((height, width, 1), np.uint8)
         values["mask"][height // 4 : height // 2, width // 4 :] = 255  # type: ignore[index]
     elif model.takes_image == "optional" and seed % 3 == 2:  # the VAE's encoder is judged too
-        values |= {"image": _gradient(*(size or (model.image.height, model.image.width)))}
-        values["strength"] = 0.6
+        values |= {"image": _gradient(height, width), "strength": 0.6}
     if model.defaults is None:
         return values
     guided = (1.0, 2.0, 3.5, 5.0)[seed % 4] if model.guidance != "none" else 1.0

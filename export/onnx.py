@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from engine.backends.spec import concrete_shape
 from engine.errors import ArtifactError
 from engine.manifest import TensorSpec, split_axis
 from engine.networks.network import Network
@@ -68,11 +69,7 @@ def _dynamic_axes(
 
 def _example(tensor: TensorSpec, sizes: Mapping[str, int]) -> torch.Tensor:
     """Any valid value of the shape to trace."""
-    shape = []
-    for axis in tensor.shape:
-        factor, name = split_axis(axis) if isinstance(axis, str) else (axis, "")
-        shape.append(factor * sizes[name] if name else factor)
-    return torch.ones(shape, dtype=_DTYPES[tensor.dtype])
+    return torch.ones(concrete_shape(tensor, sizes), dtype=_DTYPES[tensor.dtype])
 
 
 @contextlib.contextmanager

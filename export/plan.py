@@ -6,9 +6,10 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from engine.backends.spec import concrete_shape
 from engine.backends.target import Device, HardwareCompatibility, PlanTarget
 from engine.errors import ArtifactError, OptionError
-from engine.manifest import NetworkSpec, split_axis
+from engine.manifest import NetworkSpec
 from engine.options import Options
 from export.builder import Progress, build, refit
 from export.profile import Profile
@@ -45,7 +46,7 @@ def default_profile(spec: NetworkSpec, batch: Range, axes: Mapping[str, Range]) 
     Raises OptionError for an axis without a range, a range of no axis, or one out of order.
     """
     ranges = {**axes, "batch": batch}
-    names = {split_axis(axis)[1] for t in spec.inputs for axis in t.shape if isinstance(axis, str)}
+    names = {axis for tensor in spec.inputs for axis in tensor.axes()}
     if unknown := axes.keys() - names:
         raise OptionError(
             f"axis '{min(unknown)}' is not one of the inputs'; allowed: {', '.join(sorted(names))}"
@@ -53,27 +54,22 @@ def default_profile(spec: NetworkSpec, batch: Range, axes: Mapping[str, Range]) 
     if missing := names - ranges.keys():
         raise OptionError(f"axis '{min(missing)}' needs a range: min, opt and max")
     for name in names:
-        low, best, high = ranges[name]
-        if not 1 <= low <= best <= high:
+        low, usual, high = ranges[name]
+        if not 1 <= low <= usual <= high:
             raise OptionError(
                 f"the range of axis '{name}' must be 1 <= min <= opt <= max, got {ranges[name]}"
             )
-
-    def sizes(shape: tuple[int | str, ...], which: int) -> tuple[int, ...]:
-        return tuple(_axis_size(axis, ranges, which) for axis in shape)
-
+    least, best, most = ({name: ranges[name][which] for name in names} for which in range(3))
     return Profile(
         shapes={
-            t.name: (sizes(t.shape, 0), sizes(t.shape, 1), sizes(t.shape, 2)) for t in spec.inputs
+            tensor.name: (
+                concrete_shape(tensor, least),
+                concrete_shape(tensor, best),
+                concrete_shape(tensor, most),
+            )
+            for tensor in spec.inputs
         }
     )
-
-
-def _axis_size(axis: int | str, ranges: Mapping[str, Range], which: int) -> int:
-    if isinstance(axis, int):
-        return axis
-    factor, name = split_axis(axis)
-    return factor * ranges[name][which]
 
 
 def build_plan(

@@ -1,7 +1,7 @@
 """One variant of an artifact: a runtime, a precision, and whether it is for one picture size."""
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,9 +10,6 @@ from engine.manifest import ModelSpec, NetworkSpec, TypedPrecision, Variant
 from engine.options import Options
 from export.plan import PlanOptions, Range, default_profile
 from export.profile import Profile
-
-if TYPE_CHECKING:
-    from export.lint import Target
 
 DEFAULT_BATCH = (1, 2, 8)  # rows of a network call; a guided request is two
 
@@ -150,10 +147,6 @@ class VariantOptions(Options):
         fewest = min(ranges.batch[2] for ranges in self.plan.ranges)
         if fewest < 2 and model.guidance == "classifier_free":
             raise OptionError(f"--profile: batch must reach 2, for a guided step; got {fewest}")
-
-    @property
-    def lint_target(self) -> "Target":
-        return self.runtime
 
     def _sized(self, name: str) -> str:
         return f"{name}-{self.height}x{self.width}" if self.size else name

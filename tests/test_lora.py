@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import save, stable_diffusion
+from tiny_pipelines import one_level_stable_diffusion, save, tiny_vae
 
 from engine.errors import ArtifactError, OptionError
 from engine.manifest import Lora
@@ -36,17 +36,8 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stable Diffusion with a U-Net of one level and a tiny VAE: quick to export."""
     folder = tmp_path_factory.mktemp("pipelines")
-    torch.manual_seed(0)
-    pipeline = stable_diffusion(
-        folder / "tokenizers",
-        block_out_channels=(8,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-    )
-    pipeline.vae = diffusers.AutoencoderTiny(
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
-        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=4,
-    )  # fmt: skip
+    pipeline = one_level_stable_diffusion(folder / "tokenizers")
+    pipeline.vae = tiny_vae()
     pipeline.save_pretrained(folder / "shoes")
     return folder / "shoes"
 

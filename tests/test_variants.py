@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import torch
 from numpy.typing import NDArray
-from tiny_pipelines import save, stable_diffusion
+from tiny_pipelines import one_level_stable_diffusion, save
 
 import export.plans
 import vitrine
@@ -45,13 +44,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stable Diffusion whose U-Net has one level; its VAE says `force_upcast`."""
     folder = tmp_path_factory.mktemp("pipelines")
-    torch.manual_seed(0)
-    pipeline = stable_diffusion(
-        folder / "tokenizers",
-        block_out_channels=(8,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-    )
+    pipeline = one_level_stable_diffusion(folder / "tokenizers")
     pipeline.save_pretrained(folder / "shoes")
     return folder / "shoes"
 

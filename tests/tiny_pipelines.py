@@ -88,6 +88,13 @@ def vae(channels: int = 4, **config: object) -> diffusers.AutoencoderKL:
     ).eval()  # fmt: skip
 
 
+def tiny_vae() -> diffusers.AutoencoderTiny:
+    return diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=4,
+    ).eval()  # fmt: skip
+
+
 def unet(**config: object) -> diffusers.UNet2DConditionModel:
     return diffusers.UNet2DConditionModel(
         **{
@@ -121,6 +128,17 @@ def stable_diffusion(folder: Path, pipeline=diffusers.StableDiffusionPipeline, *
     )  # fmt: skip
 
 
+def one_level_stable_diffusion(folder: Path) -> diffusers.StableDiffusionPipeline:
+    """Stable Diffusion whose U-Net has one level: quick to export."""
+    torch.manual_seed(0)
+    return stable_diffusion(
+        folder,
+        block_out_channels=(8,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+    )
+
+
 def stable_diffusion_2(folder: Path):
     """Version 2: v-prediction, zero terminal SNR, another padding token, a tiny VAE."""
     made = stable_diffusion(folder, use_linear_projection=True, attention_head_dim=(2, 4))
@@ -129,10 +147,7 @@ def stable_diffusion_2(folder: Path):
         **SCALED_LINEAR, prediction_type="v_prediction", steps_offset=1, clip_sample=False,
         rescale_betas_zero_snr=True, timestep_spacing="trailing",
     )  # fmt: skip
-    made.vae = diffusers.AutoencoderTiny(
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
-        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=4,
-    ).eval()  # fmt: skip
+    made.vae = tiny_vae()
     return made
 
 
