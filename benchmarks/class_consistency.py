@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from benchmarks.demo import machine
 from engine.images import Picture
 from engine.json_files import write_json
+from engine.machine import this_machine
 from engine.pipeline import open_pipeline
 from engine.request import Request
 from engine.training.config import DataConfig
@@ -81,7 +81,14 @@ def main(data: str, *checkpoints: str) -> None:
     result: dict[str, object] = {"real photos, held out": held_out}
     for path in map(Path, checkpoints):
         result[path.name] = accuracy(network, *generated(path))
-    write_json(RESULT, {"accuracy": result, "pictures_per_label": PER_LABEL, "machine": machine()})
+    write_json(
+        RESULT,
+        {
+            "accuracy": result,
+            "pictures_per_label": PER_LABEL,
+            "machine": this_machine().model_dump(),
+        },
+    )
     print(result)
 
 

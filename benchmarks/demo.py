@@ -1,7 +1,5 @@
 """The whole way, once: export, check, serve, request, compare - with the shipped checkpoints."""
 
-import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -14,11 +12,13 @@ from engine.console import console
 from engine.errors import ArtifactError, QualityError
 from engine.images import Picture, grid
 from engine.json_files import write_json
-from engine.manifest import Quality
+from engine.machine import this_machine
+from engine.manifest import Floors, Quality
 from engine.pipeline import open_pipeline
 from engine.request import Request
 from export.build import export
-from export.gate import Floors, check, gate_requests
+from export.gate import check
+from export.requests import gate_requests
 from serving.client import Client
 from serving.repository import write_repository
 from serving.server import Server
@@ -59,20 +59,12 @@ def run_demo(checkpoints: Path, output: Path) -> dict[str, object]:
         "served": {name: _figures(result) for name, result in served.items()},
         "ready_seconds": round(ready_seconds, 1),
         "seconds": round(time.perf_counter() - started, 1),
-        "machine": machine(),
+        "machine": this_machine().model_dump(),
     }
     _save_gallery(output / "gallery.png", served)
     write_json(output / "report.json", report)
     _require_identical(served)
     return report
-
-
-def machine() -> dict[str, object]:
-    """The hardware that figures were taken on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count()}
 
 
 def _export_and_check(checkpoint: Path, output: Path) -> Quality:

@@ -56,6 +56,9 @@ def generate(
     strength: Annotated[
         float | None, typer.Option(help="how much of --image changes, up to 1")
     ] = None,
+    postprocess: Annotated[
+        str | None, typer.Option(help="of the finished picture: sharpen=0.5,contrast=1.1")
+    ] = None,
     variant: Annotated[
         str | None, typer.Option(help="default: the artifact's selected one")
     ] = None,
@@ -76,6 +79,7 @@ def generate(
         "height": height, "width": width, "strength": strength,
         "image": None if image is None else read_picture(image, 3),
         "mask": None if mask is None else read_picture(mask, 1),
+        "postprocess": postprocess,
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
     seeds = range(seed, seed + count)

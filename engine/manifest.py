@@ -6,14 +6,16 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, JsonValue
 
 from engine.backends.target import PlanTarget
+from engine.machine import Machine
 from engine.options import Options
 
-FORMAT = 1  # of the manifest; readers refuse another
+FORMAT = 2  # of the manifest; readers refuse another
 
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
 Runtime = Literal["torch", "onnxruntime", "openvino", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 TypedPrecision = Literal["fp32", "fp16", "bf16"]  # of a graph, as its own types
+Goal = Literal["latency", "throughput", "size"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -130,6 +132,12 @@ class ModelSpec(Options):
         encoder = self.networks[tokenizer.replace("tokenizer", "text_encoder")]
         return int(encoder.input("input_ids").shape[1])
 
+    def axis_sizes(self, network: str, size: tuple[int, int] | None = None) -> dict[str, int]:
+        """The axes beside the batch that a network has, for a picture of `size` or the default."""
+        sizes = self.symbols(network, size or (self.image.height, self.image.width))
+        axes = {axis for tensor in self.networks[network].inputs for axis in tensor.axes()}
+        return {axis: value for axis, value in sizes.items() if axis in axes}
+
     def symbols(self, network: str, size: tuple[int, int]) -> dict[str, int]:
         """What `height` and `width` stand for in a network's axes, for a picture of `size`."""
         latents, multiple = self.latents, self.image.multiple or 1
@@ -158,6 +166,13 @@ class ModelSpec(Options):
         return "optional" if "vae_encoder" in self.networks else "no"
 
 
+class Floors(Options):
+    """The least that a variant must reach."""
+
+    psnr_db: float = Field(35.0, ge=0, description="for the worst picture")
+    ssim: float = Field(0.98, ge=-1, description="for the mean")
+
+
 class Quality(Options):
     """Pictures of a variant against the fp32 torch reference with the same start noise."""
 
@@ -166,8 +181,50 @@ class Quality(Options):
     psnr_db_mean: float
     ssim_min: float
     ssim_mean: float
+    isr_db_min: float
+    isr_db_mean: float
+    floors: Floors
+    simulated: bool = Field(
+        False, description="by its graphs in ONNX Runtime on a CPU, since its plans are not built"
+    )
     worst_seed: int
-    worst_picture: ArtifactPath
+    worst_picture: ArtifactPath = Field(
+        description="of the worst seeds: reference, result, difference"
+    )
+
+
+class Speed(Options):
+    """Whole pictures of a variant, timed in turns with the other candidates."""
+
+    latency_ms: float = Field(gt=0, description="median of one request alone")
+    images_per_s: float = Field(gt=0, description="median over batches of `batch` requests")
+    spread: float = Field(ge=0, description="interquartile range of the batches over their median")
+    batch: int = Field(ge=1)
+    num_inference_steps: int = Field(ge=1)
+    guidance_scale: float
+    machine: Machine
+
+
+class KeptLayer(Options):
+    """A layer that a quantized variant computes in a higher precision."""
+
+    name: str
+    reason: str
+
+
+class Quantization(Options):
+    """How the networks of an int8 or fp8 variant were quantized."""
+
+    network: str = Field(description="the one that is quantized: the one that every step calls")
+    calibration: ArtifactPath | None = Field(
+        description="rows that its ranges were measured on; none where only weights are quantized"
+    )
+    weights_only: bool = Field(
+        False, description="arithmetic in kept_precision: smaller, no faster"
+    )
+    kept_precision: TypedPrecision = Field(description="of everything that is not quantized")
+    layers: tuple[str, ...] = Field(description="quantized, in the order of the graph")
+    kept: tuple[KeptLayer, ...] = Field(description="not quantized, and why")
 
 
 class Variant(Options):
@@ -186,8 +243,10 @@ class Variant(Options):
     )
     build: dict[str, JsonValue] | None = Field(None, description="how its plans are built")
     max_batch: int | None = Field(None, ge=1, description="rows of a call that its plans take")
+    quantization: Quantization | None = None
+    size_bytes: int | None = Field(None, description="of the files that its networks are in")
     quality: Quality | None = None
-    latency_ms: float | None = None
+    speed: Speed | None = None
     accepted: bool | None = Field(None, description="none until checked")
     reason: str = ""
 
@@ -208,13 +267,24 @@ class Source(Options):
     loras: tuple[Lora, ...] = ()
 
 
+class Selection(Options):
+    """How the selected variant was chosen."""
+
+    goal: Goal
+    within_noise: tuple[str, ...] = Field(
+        description="accepted variants that are as fast as the selected one, as far as was measured"
+    )
+    not_built: dict[str, str] = Field(description="candidates that could not be built, and why")
+
+
 class Manifest(Options):
     """`manifest.json`: everything that reading, checking and serving an artifact needs."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     vitrine_version: str
     source: Source
     model: ModelSpec
     variants: dict[str, Variant]
     selected: str
+    selection: Selection | None = Field(None, description="none where the user chose")
     files: dict[ArtifactPath, Sha256]

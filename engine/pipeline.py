@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 from engine.artifact import Artifact, is_artifact, read_artifact
 from engine.backends.spec import Backend, Provider, open_backend
 from engine.checkpoint import read_checkpoint
-from engine.errors import ArtifactError, OptionError
+from engine.errors import ArtifactError, OptionError, QualityError
 from engine.families import latents
 from engine.families.components import Components
 from engine.families.known import FAMILIES
 from engine.images import Picture, from_network_range, to_uint8
 from engine.manifest import ModelSpec, NetworkSpec
+from engine.postprocess import postprocess
+from engine.quality import defect, not_finite
 from engine.request import Request, Resolved, resolve
-from engine.row import Row, advance, network_inputs
+from engine.row import Feed, Row, advance, network_inputs
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -50,14 +52,19 @@ class Pipeline:
         return self._prepare(resolve(request, self.model, self._size))
 
     def _prepare(self, request: Resolved) -> Row:
-        return FAMILIES[self.model.family].prepare(self._components, request)
+        row = FAMILIES[self.model.family].prepare(self._components, request)
+        row.seed, row.postprocess = request.seed, request.postprocess
+        return row
 
     def tick(self, rows: Sequence[Row]) -> None:
         """One step of every row, in as few network calls as sizes and memory allow."""
         for together in self._calls(rows):
-            feed = network_inputs(together, self._x_name)
-            (output,) = self._components.run(self.model.denoiser, feed)
+            (output,) = self._components.run(self.model.denoiser, self.feed(together))
             advance(together, output)
+
+    def feed(self, rows: Sequence[Row]) -> Feed:
+        """What the denoiser is called with for the next step of rows of one picture size."""
+        return network_inputs(rows, self._x_name)
 
     def _calls(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
         """Rows that share a network call: of one picture size, and not too many."""
@@ -81,13 +88,28 @@ class Pipeline:
         return fitting if self._max_batch is None else min(fitting, self._max_batch)
 
     def decode(self, row: Row) -> NDArray[np.float32]:
-        """The picture of a row that is done, `[H, W, C]` in [0, 1]."""
-        image = row.x if self.model.latents is None else latents.decode(self._components, row)
+        """The picture of a row that is done, `[H, W, C]` in [0, 1].
+
+        Raises QualityError where it is broken.
+        """
+        image = self._image(row)
+        _require_whole(row, image)
         return from_network_range(image)
 
+    def draw(self, row: Row) -> NDArray[np.float32]:
+        """The same, broken or not: what a model in training makes is to be seen."""
+        return from_network_range(self._image(row))
+
+    def _image(self, row: Row) -> NDArray[np.float32]:
+        """`[C, H, W]` in [-1, 1], not clipped."""
+        return row.x if self.model.latents is None else latents.decode(self._components, row)
+
     def finish(self, row: Row) -> Picture:
-        """The picture of a row that is done, uint8 `[H, W, C]`."""
-        return to_uint8(self.decode(row))
+        """The picture of a row that is done, uint8 `[H, W, C]`, post-processed as it asked.
+
+        Raises QualityError as `decode` does.
+        """
+        return postprocess(to_uint8(self.decode(row)), row.postprocess)
 
     def run(self, requests: Iterable[Request], max_rows: int = DEFAULT_MAX_ROWS) -> Iterator[Row]:
         """Finished rows in the order of the requests, at most `max_rows` of them in a tick.
@@ -104,12 +126,25 @@ class Pipeline:
     def generate(
         self, requests: Iterable[Request], max_rows: int = DEFAULT_MAX_ROWS
     ) -> Iterator[Picture]:
-        """The pictures of `run`, uint8 `[H, W, C]`."""
+        """The pictures of `run`, uint8 `[H, W, C]`. Raises QualityError at a broken one."""
         return map(self.finish, self.run(requests, max_rows))
 
     def close(self) -> None:
         """Close the backends."""
         self._components.close()
+
+
+def _require_whole(row: Row, image: NDArray[np.float32]) -> None:
+    """Latents too: a decoder's ReLU may make a number of a NaN. Raises QualityError."""
+    found = not_finite(row.x) or defect(image)
+    if found is None:
+        return
+    cause = "its network's numbers are broken"
+    if found.name == "saturated" and row.guidance_scale > 1:
+        cause += f", or guidance_scale {row.guidance_scale:g} is too much for {row.steps} steps"
+    raise QualityError(
+        f"the picture of seed {row.seed} is broken ({found.name}): {found.detail}; {cause}"
+    )
 
 
 def open_pipeline(path: Path, variant: str | None = None, provider: Provider = "auto") -> Pipeline:
@@ -118,7 +153,7 @@ def open_pipeline(path: Path, variant: str | None = None, provider: Provider = "
     Raises ArtifactError, OptionError, RuntimeUnavailableError.
     """
     if is_artifact(path):
-        return _open_artifact(read_artifact(path), variant, provider)
+        return open_artifact(read_artifact(path), variant, provider)
     if not (path / "model_index.json").is_file():
         raise ArtifactError(
             f"'{path}' is neither an artifact (manifest.json) nor a checkpoint (model_index.json)"
@@ -128,10 +163,14 @@ def open_pipeline(path: Path, variant: str | None = None, provider: Provider = "
     return _open_checkpoint(path)
 
 
-def _open_artifact(artifact: Artifact, variant: str | None, provider: Provider) -> Pipeline:
+def open_artifact(
+    artifact: Artifact, variant: str | None = None, provider: Provider = "auto"
+) -> Pipeline:
+    """The pipeline of a variant, by default the selected one. Raises as `open_pipeline`."""
     from tokenizers import Tokenizer
 
     model, chosen = artifact.manifest.model, artifact.variant(variant)
+    precision = chosen.quantization.kept_precision if chosen.quantization else chosen.precision
     tokenizers = {
         name: Tokenizer.from_file(str(artifact.path / file))
         for name, file in model.tokenizers.items()
@@ -143,9 +182,11 @@ def _open_artifact(artifact: Artifact, variant: str | None, provider: Provider) 
             chosen.runtime,
             path,
             spec,
-            precision=chosen.precision,
+            precision=precision,
             provider=provider,
             target=chosen.target,
+            usual_sizes=model.axis_sizes(name, chosen.size),
+            weights_only=chosen.quantization is not None and chosen.quantization.weights_only,
         )
 
     networks = _open_all(model.networks, open_network)

@@ -11,6 +11,7 @@ from engine.errors import OptionError
 from engine.images import Picture
 from engine.manifest import Defaults, ModelSpec
 from engine.options import Options, describe
+from engine.postprocess import OFF, PostProcess
 
 DIFFUSION_ONLY = ("num_inference_steps", "guidance_scale", "sampler")
 IMAGE_ONLY = ("image", "mask", "strength")
@@ -44,6 +45,9 @@ class Request(Options):
     mask: np.ndarray[Any, np.dtype[np.uint8]] | None = Field(
         None, description="uint8 [H, W, 1]; white is painted anew"
     )
+    postprocess: PostProcess | None = Field(
+        None, description="what is done to the finished picture: sharpen=0.5,contrast=1.1"
+    )
 
     @classmethod
     def of(cls, values: Mapping[str, object]) -> "Request":
@@ -70,6 +74,7 @@ class Resolved:
     strength: float
     image: Picture | None
     mask: Picture | None
+    postprocess: PostProcess = OFF
 
 
 def resolve(request: Request, model: ModelSpec, size: tuple[int, int] | None = None) -> Resolved:
@@ -80,6 +85,7 @@ def resolve(request: Request, model: ModelSpec, size: tuple[int, int] | None = N
     _check_subject(request, model)
     _check_pictures(request, model)
     height, width = _size(request, model, size)
+    _check_upscale(request, height, width)
     defaults = model.defaults or _one_step(request)
     resolved = Resolved(
         label=request.label or "",
@@ -94,6 +100,7 @@ def resolve(request: Request, model: ModelSpec, size: tuple[int, int] | None = N
         strength=request.strength or defaults.strength or 1.0,
         image=request.image,
         mask=request.mask,
+        postprocess=request.postprocess or OFF,
     )
     if model.defaults and resolved.sampler not in model.samplers:
         raise OptionError(
@@ -161,6 +168,15 @@ def _size(request: Request, model: ModelSpec, only: tuple[int, int] | None) -> t
             own = ", the image's own; give height and width" if asked is None else ""
             raise OptionError(f"{name} must be 1..{largest}, got {value}{own}")
     return height, width
+
+
+def _check_upscale(request: Request, height: int, width: int) -> None:
+    factor = request.postprocess.upscale if request.postprocess else 1
+    if factor * max(height, width) > MAX_SIDE:
+        raise OptionError(
+            f"postprocess.upscale makes sides of at most {MAX_SIDE}, got {factor} times "
+            f"{height}x{width}; take {MAX_SIDE // max(height, width)} or less"
+        )
 
 
 def _side(name: str, asked: int | None, default: int, multiple: int | None) -> int:

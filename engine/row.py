@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.noise import Noise
+from engine.postprocess import OFF, PostProcess
 from engine.samplers import guide, step
 from engine.trajectory import COLUMNS, Trajectory
 
@@ -25,6 +26,8 @@ class Row:
     guidance_scale: float = 1.0
     index: int = 0  # steps done, or left out where the row starts from a picture
     noise: Noise | None = None  # the request's generator, for samplers that add noise
+    seed: int = 0  # of the request, for messages
+    postprocess: PostProcess = OFF  # of the finished picture
     x_previous: Array = field(init=False)
     x0_previous: Array = field(init=False)
 

@@ -1,7 +1,7 @@
 """Checkpoint to artifact: export every network, describe them in a manifest, write it whole."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,16 +16,16 @@ from engine.artifact import (
     write_manifest,
 )
 from engine.checkpoint import VAE_NETWORKS, Checkpoint, file_sha256, read_checkpoint
+from engine.console import Progress
 from engine.errors import ArtifactError
 from engine.json_files import read_json
 from engine.manifest import Lora, Manifest, Source, TypedPrecision, Variant
 from engine.pipeline import checkpoint_tokenizers
-from export.files import link_files
+from export.files import link_files, size_bytes
 from export.finding import Finding
 from export.lint import lint
+from export.quantize import quantize
 from export.variant import VariantOptions
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,11 @@ def export(
         else:
             _save_tokenizers(checkpoint, folder)
         graphs = _export_graphs(checkpoint, source, options, folder, progress)
+        quantization = None
+        if options.is_quantized:
+            graphs, quantization = quantize(checkpoint, source, options, folder, graphs, progress)
         findings = _lint(graphs, folder, options, progress)
-        variant = options.describe(graphs)
+        variant = options.describe(graphs, quantization, size_bytes(folder, graphs))
         variants = {**(before.manifest.variants if before else {}), options.name: variant}
         manifest = Manifest(
             vitrine_version=version("vitrine"),
@@ -115,8 +118,9 @@ def _is_from(source: Source, manifest: Manifest) -> bool:
 
 
 def _forget(folder: Path, name: str, variant: Variant | None) -> None:
-    """Remove the plans and the evidence of a variant that is made anew."""
-    shutil.rmtree(folder / name, ignore_errors=True)
+    """Remove the plans, quantized graphs and evidence of a variant that is made anew."""
+    for made in (folder / name, folder / "graphs" / name):
+        shutil.rmtree(made, ignore_errors=True)
     if variant and variant.quality:
         (folder / variant.quality.worst_picture).unlink(missing_ok=True)
 
@@ -177,6 +181,7 @@ def _lint(
     findings = [
         (name, finding)
         for name, file in graphs.items()
+        if file.endswith(".onnx")  # OpenVINO's own files are its own affair
         for finding in lint(folder / file, options.runtime)
     ]
     for name, finding in findings:

@@ -1,21 +1,26 @@
-"""`vitrine export`, `plan`, `lint` and `check`."""
+"""`vitrine export` and `vitrine plan`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from engine.console import AsJson, console, emit
+from engine.artifact import is_artifact, read_artifact
+from engine.console import AsJson, console, emit, progress
 from engine.errors import OptionError, QualityError, RuntimeUnavailableError
+from engine.manifest import Goal, Precision
+from export import check_commands
+from export.check_commands import floor_options
+from export.terminal import print_finding, print_variants
 
 if TYPE_CHECKING:
-    from export.finding import Finding
     from export.variant import PlanBuild
 
 app = typer.Typer()
+app.add_typer(check_commands.app)
 
-VariantName = Annotated[str | None, typer.Option(help="default: the selected one")]
 _PLAN = "TensorRT plans"
+_AUTO = "The best variant"
 
 
 @app.command()
@@ -23,17 +28,45 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="a folder in the diffusers layout")],
     output: Annotated[Path, typer.Option(help="the artifact to write, or to add a variant to")],
     runtime: Annotated[
-        Literal["onnxruntime", "openvino", "tensorrt"], typer.Option(help="what shall run it")
-    ] = "onnxruntime",
+        Literal["onnxruntime", "openvino", "tensorrt"] | None,
+        typer.Option(help="what shall run it; default: onnxruntime"),
+    ] = None,
     precision: Annotated[
-        Literal["fp32", "fp16", "bf16"], typer.Option(help="of the graphs' weights and arithmetic")
-    ] = "fp32",
+        Precision | None,
+        typer.Option(help="of weights and arithmetic; int8, fp8: of the denoiser; default: fp32"),
+    ] = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="int8 weights, float arithmetic: smaller files")
+    ] = False,
+    calibration_rows: Annotated[
+        int, typer.Option(help="network evaluations that int8 and fp8 ranges are measured on")
+    ] = 384,
     height: Annotated[
         int | None, typer.Option(help="with --width: a build for this picture size only")
     ] = None,
     width: Annotated[int | None, typer.Option(help="see --height")] = None,
     lora: Annotated[
         list[str] | None, typer.Option(help="FILE.safetensors[=SCALE] to fuse; may be repeated")
+    ] = None,
+    auto: Annotated[
+        bool,
+        typer.Option("--auto", help="build every variant, keep the best", rich_help_panel=_AUTO),
+    ] = False,
+    goal: Annotated[
+        Goal | None,
+        typer.Option("--for", help="default: throughput", rich_help_panel=_AUTO),
+    ] = None,
+    floor_psnr_db: Annotated[
+        float | None, typer.Option(help="for the worst picture; default 35", rich_help_panel=_AUTO)
+    ] = None,
+    floor_ssim: Annotated[
+        float | None, typer.Option(help="for the mean; default 0.98", rich_help_panel=_AUTO)
+    ] = None,
+    pictures: Annotated[
+        int | None, typer.Option(help="to judge each by; default 64", rich_help_panel=_AUTO)
+    ] = None,
+    search_minutes: Annotated[
+        float | None, typer.Option(help="for int8 layers; default 10", rich_help_panel=_AUTO)
     ] = None,
     profile: Annotated[
         list[str] | None,
@@ -67,10 +100,29 @@ def export(
     ] = "none",
     as_json: AsJson = False,
 ) -> None:
-    """Turn a checkpoint into an artifact that runs without torch, one variant a call."""
+    """Turn a checkpoint into an artifact that runs without torch: one variant, or the best."""
     from export.build import export as build
     from export.variant import VariantOptions
 
+    chosen: dict[str, object] = {
+        "--runtime": runtime,
+        "--precision": precision,
+        "--weights-only": weights_only,
+    }
+    asked: dict[str, object] = {
+        "--for": goal, "--floor-psnr-db": floor_psnr_db, "--floor-ssim": floor_ssim,
+        "--pictures": pictures, "--search-minutes": search_minutes,
+    }  # fmt: skip
+    _refuse_mixed(auto, chosen, asked)
+    if auto:
+        values: dict[str, object] = {
+            "goal": goal, "pictures": pictures, "search_minutes": search_minutes,
+            "floors": floor_options(floor_psnr_db, floor_ssim), "height": height, "width": width,
+            "calibration": {"rows": calibration_rows},
+        }  # fmt: skip
+        given = {name: value for name, value in values.items() if value is not None}
+        _export_best(checkpoint, output, given, _loras(lora or ()), as_json)
+        return
     plan = _plan_build(
         profile,
         optimization_level=optimization_level,
@@ -84,7 +136,9 @@ def export(
     )
     options = VariantOptions.parse(
         {
-            "runtime": runtime, "precision": precision, "height": height, "width": width,
+            "runtime": runtime or "onnxruntime", "precision": precision or "fp32",
+            "weights_only": weights_only,
+            "calibration": {"rows": calibration_rows}, "height": height, "width": width,
             "plan": plan.model_dump(mode="json"),
         }
     )  # fmt: skip
@@ -98,7 +152,7 @@ def export(
             markup=False,
         )
     for network, finding in made.findings:
-        _print_finding(network, finding)
+        print_finding(network, finding)
     pending = not variants[made.variant].networks and _plans_are_missing(output, made.variant)
     if made.unchanged and not pending:
         console.print(f"{output}: {made.variant} is up to date, nothing to do", markup=False)
@@ -118,6 +172,52 @@ def export(
             "replaced": list(made.replaced),
             "unchanged": made.unchanged,
             "pending": pending,
+        },
+        as_json,
+    )
+
+
+def _refuse_mixed(auto: bool, chosen: dict[str, object], asked: dict[str, object]) -> None:
+    """Options that --auto decides itself, or that only it has. Raises OptionError."""
+    wrong = [name for name, value in (chosen if auto else asked).items() if value]
+    if wrong and auto:
+        raise OptionError(f"--auto tries every runtime and precision; leave {wrong[0]} out")
+    if wrong:
+        raise OptionError(f"{wrong[0]} is for --auto; add --auto, or leave it out")
+
+
+def _export_best(
+    checkpoint: Path,
+    output: Path,
+    values: dict[str, object],
+    loras: list[tuple[Path, float]],
+    as_json: bool,
+) -> None:
+    """Build, judge and time every variant; a table of all of them, and what was chosen."""
+    from export.auto import auto as build_all
+    from export.candidates import AutoOptions
+
+    options = AutoOptions.parse(values)
+    try:
+        with progress(f"exporting {checkpoint}") as report_progress:
+            made = build_all(checkpoint, output, options, loras, report_progress)
+    except KeyboardInterrupt:
+        console.print(f"{output}: stopped; the same command goes on where it was", markup=False)
+        raise
+    except QualityError:
+        if is_artifact(output):
+            print_variants(read_artifact(output).manifest)
+        raise
+    print_variants(made.manifest)
+    report = output / "quality" / "report.html"
+    console.print(f"{output}: {made.manifest.selected} selected; see {report}", markup=False)
+    selection = made.manifest.selection
+    emit(
+        {
+            "artifact": str(output),
+            "selected": made.manifest.selected,
+            "within_noise": list(selection.within_noise) if selection else [],
+            "report": str(output / "quality" / "report.json"),
         },
         as_json,
     )
@@ -177,87 +277,3 @@ def plan(
     _build_plans(artifact, variant, refit)
     console.print(f"{artifact}: plans built; next: vitrine check {artifact}", markup=False)
     emit({"artifact": str(artifact)}, as_json)
-
-
-@app.command()
-def lint(
-    path: Annotated[Path, typer.Argument(help="an ONNX file, or an artifact")],
-    target: Annotated[
-        Literal["tensorrt", "onnxruntime", "openvino"], typer.Option(help="what shall run it")
-    ],
-    profile: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME:MIN..OPT..MAX,... to check too (tensorrt); may be repeated"),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Name each node that a runtime cannot run or silently runs badly; exit 1 if one cannot."""
-    from engine.artifact import is_artifact, read_artifact
-    from export.lint import lint as examine
-    from export.profile import parse_profile
-
-    profiles = [parse_profile(text) for text in profile or ()]
-    graphs = {path.name: path}
-    if is_artifact(path):
-        files = read_artifact(path).manifest.files
-        graphs = {name: path / name for name in files if name.endswith(".onnx")}
-    found = [
-        (name, finding)
-        for name, file in graphs.items()
-        for finding in examine(file, target, profiles)
-    ]
-    for name, finding in found:
-        _print_finding(name, finding)
-    errors = sum(finding.severity == "error" for _, finding in found)
-    warnings = len(found) - errors
-    console.print(
-        f"{path}: {len(graphs)} graphs, {errors} errors, {warnings} warnings for {target}",
-        markup=False,
-    )
-    emit(
-        {"path": str(path), "findings": [{"graph": n, **f.model_dump()} for n, f in found]}, as_json
-    )
-    if errors:
-        raise typer.Exit(QualityError.exit_code)
-
-
-def _print_finding(graph: str, finding: "Finding") -> None:
-    console.print(
-        f"{finding.severity} {finding.rule}: {graph}: {finding.node}: {finding.message}; "
-        f"{finding.mend}",
-        style="red" if finding.severity == "error" else "yellow",
-        markup=False,
-    )
-
-
-@app.command()
-def check(
-    artifact: Annotated[Path, typer.Argument(help="an artifact folder")],
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="where its checkpoint is, if that has moved")
-    ] = None,
-    pictures: Annotated[int, typer.Option(min=1, help="one a seed, from 0")] = 32,
-    floor_psnr_db: Annotated[
-        float | None, typer.Option(help="for the worst picture; default 35")
-    ] = None,
-    floor_ssim: Annotated[float | None, typer.Option(help="for the mean; default 0.98")] = None,
-    variant: VariantName = None,
-    as_json: AsJson = False,
-) -> None:
-    """Compare an artifact's pictures with its checkpoint's in torch; exit 1 if one falls short."""
-    from export.gate import Floors
-    from export.gate import check as compare
-
-    given = {"psnr_db": floor_psnr_db, "ssim": floor_ssim}
-    floors = Floors.parse(
-        {key: value for key, value in given.items() if value is not None}, "floor"
-    )
-    with console.status(f"checking {artifact}"):
-        quality = compare(artifact, checkpoint, pictures, floors, variant)
-    console.print(
-        f"{artifact}: PSNR at least {quality.psnr_db_min:.1f} dB (seed {quality.worst_seed}), "
-        f"mean SSIM {quality.ssim_mean:.6f} over {quality.pictures} pictures; "
-        f"see {artifact / quality.worst_picture}",
-        markup=False,
-    )
-    emit({"artifact": str(artifact), **quality.model_dump()}, as_json)

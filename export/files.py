@@ -1,7 +1,8 @@
-"""Files of an artifact taken over into another folder."""
+"""Files of an artifact: taken over into another folder, and how large they are."""
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from engine.artifact import Artifact
@@ -15,3 +16,13 @@ def link_files(artifact: Artifact, folder: Path) -> None:
             os.link(artifact.path / name, folder / name)
         except OSError:
             shutil.copyfile(artifact.path / name, folder / name)
+
+
+def size_bytes(folder: Path, networks: Mapping[str, str]) -> int:
+    """Of the files of some networks, with the weights that lie beside them, each once."""
+    files = {
+        beside
+        for file in networks.values()
+        for beside in (folder / file).parent.glob(f"{Path(file).stem}.*")
+    }
+    return sum(file.stat().st_size for file in files)

@@ -1,32 +1,21 @@
 """The gate: an artifact's pictures against the fp32 torch reference with the same start noise."""
 
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import Field
 
 from engine.artifact import Artifact, read_artifact, write_manifest
 from engine.checkpoint import Checkpoint, file_sha256, read_checkpoint
 from engine.errors import ArtifactError, QualityError
-from engine.images import Picture, grid, to_uint8
-from engine.manifest import ModelSpec, Quality
+from engine.manifest import Floors, Quality, Variant
 from engine.networks.lora import fused
-from engine.options import Options
-from engine.pipeline import Pipeline, open_pipeline
-from engine.quality import psnr_db, ssim
+from engine.pipeline import Pipeline, open_artifact, open_pipeline
+from engine.quality import isr_db, psnr_db, ssim
 from engine.request import Request
-
-Image = NDArray[np.float32]  # [H, W, C] in [0, 1]
-
-
-class Floors(Options):
-    """The least that a variant must reach."""
-
-    psnr_db: float = Field(35.0, ge=0, description="for the worst picture")
-    ssim: float = Field(0.98, ge=-1, description="for the mean")
+from export.evidence import Comparison, Image, save_evidence
+from export.requests import gate_requests
 
 
 def check(
@@ -36,85 +25,144 @@ def check(
     floors: Floors | None = None,
     variant: str | None = None,
 ) -> Quality:
-    """Compare one variant with the checkpoint; record the figures and the worst picture.
+    """Compare one variant with the checkpoint; record the figures and the worst pictures.
 
     Raises ArtifactError where the checkpoint is missing or another one, QualityError where a
-    picture is under a floor (which the manifest then says too).
+    picture is broken or under a floor (which the manifest then says too).
     """
-    floors = floors or Floors()
     artifact = read_artifact(artifact_path)
     name = variant or artifact.manifest.selected
-    size = artifact.variant(name).size
-    checkpoint = _source(artifact, checkpoint_path)
-    requests = gate_requests(artifact.manifest.model, pictures, size)
-    with fused(checkpoint.path, artifact.manifest.source.loras) as path:
-        references = _pictures(open_pipeline(path), requests, "torch-fp32")
-    try:
-        results = _pictures(open_pipeline(artifact.path, name), requests, name)
-    except QualityError as error:
-        _write_verdict(artifact, name, None, str(error))
-        raise
-    quality = _record(artifact, name, requests, references, results, floors)
-    reason = shortfall(quality, floors)
-    if reason:
-        evidence = artifact.path / quality.worst_picture
-        raise QualityError(f"{reason} ({name}, worst seed {quality.worst_seed}); see {evidence}")
-    return quality
+    runnable, simulated = runnable_variant(artifact, name)
+    gate = open_gate(artifact, checkpoint_path, pictures, runnable.variant(name).size)
+    after = judge(artifact, name, gate, floors or Floors(), runnable, simulated)
+    if after.quality is None:
+        raise QualityError(f"{name}: {after.reason}")
+    if after.reason:
+        evidence = artifact.path / after.quality.worst_picture
+        raise QualityError(
+            f"{after.reason} ({name}, worst seed {after.quality.worst_seed}); see {evidence}"
+        )
+    return after.quality
 
 
-PROMPTS = (
-    "a red leather shoe on a white background",
-    "a person wearing a green coat, studio photo",
-    "a blue bag",
-    "",
-)
+@dataclass(frozen=True)
+class Gate:
+    """The requests that variants are judged by, and their pictures in torch."""
+
+    requests: Sequence[Request]
+    references: Sequence[Image]
+
+    def compare(self, pipeline: Pipeline, simulated: bool = False) -> Comparison:
+        """Draw every request and close the pipeline.
+
+        Raises QualityError for a broken picture, and where one alone is not what it is in a batch;
+        of that a simulation says nothing.
+        """
+        try:
+            results = _pictures(pipeline, self.requests)
+            if not simulated:
+                _require_same_alone(pipeline, self.requests, results)
+        finally:
+            pipeline.close()
+        pairs = list(zip(self.references, results, strict=True))
+        return Comparison(
+            self.requests,
+            self.references,
+            results,
+            psnrs_db=[psnr_db(*pair) for pair in pairs],
+            ssims=[ssim(*pair) for pair in pairs],
+            isrs_db=[isr_db(*pair) for pair in pairs],
+        )
 
 
-def gate_requests(
-    model: ModelSpec, count: int, size: tuple[int, int] | None = None
-) -> list[Request]:
-    """Requests over seeds, and with them over labels or prompts, samplers, 4..30 steps, guidance.
+def open_gate(
+    artifact: Artifact,
+    checkpoint_path: Path | None,
+    pictures: int,
+    size: tuple[int, int] | None = None,
+    first_seed: int = 0,
+) -> Gate:
+    """Draw the reference pictures of seeds from `first_seed`; `size`: of a build that makes one.
 
-    Models that repaint get a picture and a mask made here. `size`: of a build that makes one only.
+    Raises ArtifactError where the checkpoint is missing or another one.
     """
-    return [Request.of(_gate_request(model, seed, size)) for seed in range(count)]
+    checkpoint = _source(artifact, checkpoint_path)
+    requests = gate_requests(artifact.manifest.model, pictures, size, first_seed)
+    with fused(checkpoint.path, artifact.manifest.source.loras) as path:
+        pipeline = open_pipeline(path)
+        references = _pictures(pipeline, requests)
+        pipeline.close()
+    return Gate(requests, references)
 
 
-def _gate_request(model: ModelSpec, seed: int, size: tuple[int, int] | None) -> dict[str, object]:
-    values: dict[str, object] = {"seed": seed}
-    if model.labels:
-        values["label"] = model.labels[seed % len(model.labels)]
-    if model.tokenizers:
-        values["prompt"] = PROMPTS[seed % len(PROMPTS)]
-    height, width = size or (model.image.height, model.image.width)
-    if model.takes_image == "with mask":
-        values["image"] = _gradient(height, width)
-        values["mask"] = np.zeros((height, width, 1), np.uint8)
-        values["mask"][height // 4 : height // 2, width // 4 :] = 255  # type: ignore[index]
-    elif model.takes_image == "optional" and seed % 3 == 2:  # the VAE's encoder is judged too
-        values |= {"image": _gradient(height, width), "strength": 0.6}
-    if model.defaults is None:
-        return values
-    guided = (1.0, 2.0, 3.5, 5.0)[seed % 4] if model.guidance != "none" else 1.0
-    return {
-        **values,
-        "num_inference_steps": 4 + 7 * seed % 27,
-        "guidance_scale": guided,
-        "sampler": model.samplers[seed % len(model.samplers)],
-    }
+def runnable_variant(artifact: Artifact, name: str) -> tuple[Artifact, bool]:
+    """The artifact with a variant that runs here, and whether that is a simulation.
+
+    A TensorRT variant without plans is simulated: ONNX Runtime computes the same graphs, quantized
+    as they are, on the CPU. Raises OptionError for an unknown variant.
+    """
+    entry = artifact.manifest.variants.get(name)
+    if entry is None or entry.networks or not entry.graphs:
+        artifact.variant(name)
+        return artifact, False
+    simulated = entry.model_copy(
+        update={"runtime": "onnxruntime", "networks": entry.graphs, "graphs": {}}
+    )
+    variants = {**artifact.manifest.variants, name: simulated}
+    manifest = artifact.manifest.model_copy(update={"variants": variants})
+    return Artifact(artifact.path, manifest), True
 
 
-def _gradient(height: int, width: int) -> Picture:
-    rows, columns = np.linspace(0, 255, height), np.linspace(0, 255, width)
-    red, green = np.meshgrid(rows, columns, indexing="ij")
-    picture: Picture = np.stack([red, green, 255 - red], -1).astype(np.uint8)
-    return picture
+def judge(
+    artifact: Artifact,
+    name: str,
+    gate: Gate,
+    floors: Floors,
+    runnable: Artifact,
+    simulated: bool = False,
+) -> Variant:
+    """Compare a variant, and write the verdict, the figures and the evidence into the manifest."""
+    try:
+        comparison = gate.compare(open_artifact(runnable, name), simulated)
+    except QualityError as error:
+        return refuse(artifact, name, str(error))
+    evidence = save_evidence(artifact.path, name, comparison)
+    quality = summarize(comparison, floors, evidence, simulated)
+    return _write_verdict(artifact, name, quality, shortfall(quality))
 
 
-def shortfall(quality: Quality, floors: Floors) -> str:
+def refuse(artifact: Artifact, name: str, reason: str) -> Variant:
+    """Write into the manifest that a variant makes no pictures to judge, and why."""
+    return _write_verdict(artifact, name, None, reason)
+
+
+def summarize(
+    comparison: Comparison, floors: Floors, evidence: str, simulated: bool = False
+) -> Quality:
+    """The least and the mean of every figure."""
+    return Quality(
+        pictures=len(comparison.results),
+        psnr_db_min=min(comparison.psnrs_db),
+        psnr_db_mean=float(np.mean(comparison.psnrs_db)),
+        ssim_min=min(comparison.ssims),
+        ssim_mean=float(np.mean(comparison.ssims)),
+        isr_db_min=min(comparison.isrs_db),
+        isr_db_mean=float(np.mean(comparison.isrs_db)),
+        floors=floors,
+        simulated=simulated,
+        worst_seed=comparison.requests[comparison.worst[0]].seed,
+        worst_picture=evidence,
+    )
+
+
+def shortfall(quality: Quality) -> str:
     """Why a variant is refused, or nothing."""
+    floors = quality.floors
     if not quality.psnr_db_min >= floors.psnr_db:
-        return f"PSNR {quality.psnr_db_min:.1f} dB is below the floor {floors.psnr_db:.1f} dB"
+        digits = 1 if quality.psnr_db_min < floors.psnr_db - 0.1 else 4
+        return (
+            f"PSNR {quality.psnr_db_min:.{digits}f} dB is below the floor {floors.psnr_db:.1f} dB"
+        )
     if not quality.ssim_mean >= floors.ssim:
         return f"mean SSIM {quality.ssim_mean:.4f} is below the floor {floors.ssim:.4f}"
     return ""
@@ -139,76 +187,38 @@ def _source(artifact: Artifact, given: Path | None) -> Checkpoint:
     return checkpoint
 
 
-def _pictures(pipeline: Pipeline, requests: Sequence[Request], name: str) -> list[Image]:
-    """Pictures before rounding. Raises QualityError for NaN or infinity."""
-    pictures = []
-    for request, row in zip(requests, pipeline.run(requests), strict=True):
-        if not np.isfinite(row.x).all():
-            raise QualityError(f"{name} makes NaN or infinite pixels for seed {request.seed}")
-        pictures.append(pipeline.decode(row))
-    pipeline.close()
-    return pictures
+def _pictures(pipeline: Pipeline, requests: Sequence[Request]) -> list[Image]:
+    """Pictures before rounding. Raises QualityError for a broken one."""
+    return [pipeline.decode(row) for row in pipeline.run(requests)]
 
 
-def _record(
-    artifact: Artifact,
-    name: str,
-    requests: Sequence[Request],
-    references: Sequence[Image],
-    results: Sequence[Image],
-    floors: Floors,
-) -> Quality:
-    """Measure, save the worst picture as evidence, and write both into the manifest."""
-    pairs = list(zip(references, results, strict=True))
-    psnrs = [psnr_db(*pair) for pair in pairs]
-    ssims = [ssim(*pair) for pair in pairs]
-    worst = int(np.argmin(psnrs))
-    quality = Quality(
-        pictures=len(pairs),
-        psnr_db_min=min(psnrs),
-        psnr_db_mean=float(np.mean(psnrs)),
-        ssim_min=min(ssims),
-        ssim_mean=float(np.mean(ssims)),
-        worst_seed=requests[worst].seed,
-        worst_picture=_save_evidence(
-            artifact.path, f"{name}-{requests[worst].seed}", *pairs[worst]
-        ),
-    )
-    _write_verdict(artifact, name, quality, shortfall(quality, floors))
-    return quality
+def _require_same_alone(
+    pipeline: Pipeline, requests: Sequence[Request], results: Sequence[Image]
+) -> None:
+    """The same seed is the same picture in any batch. Raises QualityError where it is not."""
+    for index in {0, len(requests) - 1}:
+        (alone,) = _pictures(pipeline, [requests[index]])
+        if not np.array_equal(alone, results[index]):
+            raise QualityError(
+                f"the picture of seed {requests[index].seed} depends on the batch: alone it "
+                f"differs by up to {np.abs(alone - results[index]).max():.1e}"
+            )
 
 
-def _write_verdict(artifact: Artifact, name: str, quality: Quality | None, reason: str) -> None:
-    """Write the verdict into the manifest; only then does the older evidence go."""
-    before = artifact.variant(name)
+def _write_verdict(artifact: Artifact, name: str, quality: Quality | None, reason: str) -> Variant:
+    """Write the verdict into the manifest as it is now; only then does the older evidence go."""
+    manifest = read_artifact(artifact.path).manifest
+    before = manifest.variants[name]
     after = before.model_copy(update={"quality": quality, "accepted": not reason, "reason": reason})
-    files = dict(artifact.manifest.files)
+    files = dict(manifest.files)
     old = before.quality.worst_picture if before.quality else None
     if old:
         files.pop(old, None)
     if quality:
         files[quality.worst_picture] = file_sha256(artifact.path / quality.worst_picture)
-    variants = {**artifact.manifest.variants, name: after}
+    variants = {**manifest.variants, name: after}
     update = {"variants": variants, "files": files}
-    write_manifest(artifact.path, artifact.manifest.model_copy(update=update))
+    write_manifest(artifact.path, manifest.model_copy(update=update))
     if old and old not in files:
         (artifact.path / old).unlink(missing_ok=True)
-
-
-def _save_evidence(folder: Path, name: str, reference: Image, result: Image) -> str:
-    """reference | result | their difference, stretched so that its largest value is white.
-
-    The file's name ends with a part of its hash, so that older evidence stays what it is.
-    """
-    difference = np.abs(reference - result)
-    largest = float(difference.max())
-    stretched = difference / largest if largest else difference
-    panels = [to_uint8(panel) for panel in (reference, result, stretched)]
-    scale = max(1, 192 // max(reference.shape[:2]))
-    captions = ["reference", "result", f"difference, max {largest:.1e}"]
-    (folder / "quality").mkdir(exist_ok=True)
-    partial = folder / "quality" / f"{name}.partial.png"
-    grid(panels, 3, captions, scale).save(partial)
-    path = f"quality/{name}-{file_sha256(partial)[:8]}.png"
-    os.replace(partial, folder / path)
-    return path
+    return after

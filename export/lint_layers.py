@@ -110,7 +110,7 @@ def _weight(scope: Scope, node: NodeProto, dequantizer: NodeProto) -> Iterator[F
     shape, scale = scope.shape(node.input[1]), scope.shape(dequantizer.input[1])
     if shape is None or len(shape) < 2 or scale is None:
         return
-    wanted = _output_axis(node, len(shape))
+    wanted = output_axis(node, len(shape))
     per_tensor = scale in ((), (1,)) and shape[wanted] != 1
     given = None if per_tensor else attribute(dequantizer, "axis", 1) % len(shape)
     if given != wanted and not attribute(dequantizer, "block_size", 0):
@@ -132,7 +132,8 @@ def _weight(scope: Scope, node: NodeProto, dequantizer: NodeProto) -> Iterator[F
         )
 
 
-def _output_axis(node: NodeProto, rank: int) -> int:
+def output_axis(node: NodeProto, rank: int) -> int:
+    """The axis of a layer's weight that its output channels lie on."""
     if node.op_type == "Conv" or (node.op_type == "Gemm" and attribute(node, "transB", 0)):
         return 0
     return rank - 1 if node.op_type == "MatMul" else 1

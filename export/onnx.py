@@ -1,11 +1,14 @@
 """A network as an ONNX file: dynamic batch and picture size, one timestep per row."""
 
+import ast
 import contextlib
 import io
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +16,10 @@ from engine.backends.spec import concrete_shape
 from engine.errors import ArtifactError
 from engine.manifest import TensorSpec, split_axis
 from engine.networks.network import Network
+from export.lint_graph import WEIGHTED as LAYER_OPS
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 OPSET = 20  # 18-22 is what every runtime takes; from 21 on quantizers lose the group norms
 OPSET_BF16 = 22  # the first with convolutions in bfloat16
@@ -51,8 +58,22 @@ def export_network(network: Network, path: Path, sizes: Mapping[str, int] | None
     except torch.onnx.errors.OnnxExporterError as error:
         raise ArtifactError(f"torch cannot export {path.stem}: {error}") from error
     assert program is not None
+    _name_layers(program.model.graph)
     path.parent.mkdir(parents=True, exist_ok=True)
     program.save(str(path))
+
+
+def _name_layers(graph: "onnx_ir.Graph") -> None:
+    """Name the layers after their modules, and forget where on this machine the code lies."""
+    taken: Counter[str] = Counter()
+    for node in graph:
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        if node.op_type not in LAYER_OPS or len(scopes) < 2:
+            continue
+        module = scopes[-2].removeprefix("module.") or scopes[-1]
+        taken[module] += 1
+        node.name = module if taken[module] == 1 else f"{module}_{taken[module]}"
 
 
 def _dynamic_axes(

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.artifact import Artifact, hash_files, new_artifact, read_artifact, write_manifest
+from engine.console import Progress
 from engine.errors import OptionError
 from engine.manifest import Variant
-from export.files import link_files
+from export.files import link_files, size_bytes
 from export.plan import build_plan, installed, refit_plan
 from export.variant import PlanBuild
-
-Progress = Callable[[str], None]
 
 
 def build_plans(
@@ -75,7 +74,8 @@ def _build(
         )
     update = {
         "networks": plans, "target": targets[0], "runtime_version": targets[0].tensorrt_version,
-        "quality": None, "latency_ms": None, "accepted": None, "reason": "",
+        "size_bytes": size_bytes(folder, plans),
+        "quality": None, "speed": None, "accepted": None, "reason": "",
     }  # fmt: skip
     return entry.model_copy(update=update)
 

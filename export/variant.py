@@ -6,8 +6,17 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from engine.errors import OptionError
-from engine.manifest import ModelSpec, NetworkSpec, TypedPrecision, Variant
+from engine.manifest import (
+    KeptLayer,
+    ModelSpec,
+    NetworkSpec,
+    Precision,
+    Quantization,
+    TypedPrecision,
+    Variant,
+)
 from engine.options import Options
+from export.calibrate import CalibrationOptions
 from export.plan import PlanOptions, Range, default_profile
 from export.profile import Profile
 
@@ -94,7 +103,14 @@ class VariantOptions(Options):
     """What `vitrine export` is asked for."""
 
     runtime: Literal["onnxruntime", "openvino", "tensorrt"] = "onnxruntime"
-    precision: TypedPrecision = "fp32"
+    precision: Precision = "fp32"
+    weights_only: bool = Field(False, description="int8 weights, float arithmetic: smaller")
+    layers: tuple[str, ...] | None = Field(
+        None,
+        description="of the denoiser, to be quantized; none: all that the form takes",
+    )
+    kept: tuple[KeptLayer, ...] = Field((), description="why other layers are not")
+    calibration: CalibrationOptions = CalibrationOptions()
     height: int | None = Field(None, ge=1, description="with width: for this picture size only")
     width: int | None = Field(None, ge=1)
     plan: PlanBuild = PlanBuild()
@@ -105,8 +121,15 @@ class VariantOptions(Options):
             raise ValueError("height and width fix a picture size together: give both or none")
         if (self.runtime, self.precision) == ("onnxruntime", "bf16"):
             raise ValueError(
-                "onnxruntime computes nothing in bf16 on a CPU: choose precision fp32 or fp16, or "
-                "runtime openvino or tensorrt"
+                "onnxruntime computes nothing in bf16 on a CPU: choose precision fp32, fp16 or "
+                "int8, or runtime openvino or tensorrt"
+            )
+        if self.precision == "fp8" and self.runtime != "tensorrt":
+            raise ValueError(f"{self.runtime} computes nothing in fp8: choose int8, or tensorrt")
+        if self.weights_only and (self.runtime, self.precision) != ("onnxruntime", "int8"):
+            raise ValueError(
+                "weights only are quantized for onnxruntime, in int8; got "
+                f"{self.runtime} {self.precision}"
             )
         return self
 
@@ -116,20 +139,31 @@ class VariantOptions(Options):
 
     @property
     def name(self) -> str:
-        """`onnxruntime-fp16`; where the size is fixed, `onnxruntime-fp16-512x768`."""
-        return self._sized(f"{self.runtime}-{self.precision}")
+        """`openvino-int8`; `onnxruntime-int8-weights`; of one size: `openvino-int8-512x768`."""
+        form = "-weights" if self.weights_only else ""
+        return self._sized(f"{self.runtime}-{self.precision}{form}")
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.precision in ("int8", "fp8")
 
     @property
     def graph_precision(self) -> TypedPrecision:
-        """OpenVINO computes in bfloat16 by a hint, from a float32 graph."""
+        """Of the float graphs; OpenVINO computes in bfloat16 by a hint, from float32 ones."""
+        if self.is_quantized:
+            return "fp16" if self.runtime == "tensorrt" else "fp32"
         hinted = self.runtime == "openvino" and self.precision == "bf16"
-        return "fp32" if hinted else self.precision
+        return "fp32" if hinted else self.precision  # type: ignore[return-value]
 
     def graph(self, network: str, spec: NetworkSpec, precision: TypedPrecision) -> str:
-        """The file of a network; variants share it, and one without sizes serves them all."""
+        """The file of a float network; variants share it, and one without sizes serves them all."""
         has_size = any(tensor.axes() - {"batch"} for tensor in spec.inputs)
         folder = f"graphs/{precision}"
         return f"{self._sized(folder) if has_size else folder}/{network}.onnx"
+
+    @property
+    def quantized_folder(self) -> str:
+        return f"graphs/{self.name}"
 
     def check(self, model: ModelSpec) -> None:
         """Raises OptionError for a picture size or profile that the model cannot have."""
@@ -142,6 +176,8 @@ class VariantOptions(Options):
         for name, side in zip(("height", "width"), self.size or (), strict=False):
             if side % (image.multiple or 1):
                 raise OptionError(f"{name} must be a multiple of {image.multiple}, got {side}")
+        if self.is_quantized and not self.weights_only:
+            self.calibration.check()
         for network in model.networks:
             self.plan.profiles(model, network, self.size)
         fewest = min(ranges.batch[2] for ranges in self.plan.ranges)
@@ -152,14 +188,25 @@ class VariantOptions(Options):
         return f"{name}-{self.height}x{self.width}" if self.size else name
 
     def is_built(self, variant: Variant | None) -> bool:
-        """Whether a manifest has this variant, made the same way (its plans may be missing)."""
-        return variant is not None and variant.build == self._build
+        """Whether a manifest has this variant, made the same way (its plans may be missing).
+
+        Where no layers are asked for, whichever are quantized are right.
+        """
+        if variant is None or variant.build != self._build:
+            return False
+        made = variant.quantization
+        if made is None or self.layers is None:
+            return True
+        calibrated = made.calibration in (None, self.calibration.file)
+        return made.layers == self.layers and calibrated
 
     @property
     def _build(self) -> dict[str, object] | None:
         return self.plan.model_dump(mode="json") if self.runtime == "tensorrt" else None
 
-    def describe(self, graphs: dict[str, str]) -> Variant:
+    def describe(
+        self, graphs: dict[str, str], quantization: Quantization | None, size_bytes: int
+    ) -> Variant:
         """The manifest's entry: it runs the graphs, or plans that are still to be built."""
         has_plans = self.runtime == "tensorrt"
         return Variant(
@@ -170,6 +217,8 @@ class VariantOptions(Options):
             networks={} if has_plans else graphs,
             graphs=graphs if has_plans else {},
             build=self._build,  # type: ignore[arg-type]
+            quantization=quantization,
+            size_bytes=size_bytes,
             max_batch=min(r.batch[2] for r in self.plan.ranges) if has_plans else None,
         )
 

@@ -6,8 +6,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from engine.errors import OptionError, RuntimeUnavailableError, VitrineError
+from engine.errors import OptionError, QualityError, RuntimeUnavailableError, VitrineError
 from engine.images import Picture
+from engine.postprocess import PostProcess
 from engine.request import Request
 
 DEFAULT_TIMEOUT_S = 300.0
@@ -54,11 +55,13 @@ class Client:
         sampler: str | None = None,
         height: int | None = None,
         width: int | None = None,
+        postprocess: PostProcess | str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Picture:
         """One picture, uint8 `[H, W, C]`; an option of None is the model's default.
 
-        A model takes a `label` or a `prompt`. Raises OptionError for a request that is not
+        A model takes a `label` or a `prompt`; `postprocess` may be a text as on the command line,
+        "sharpen=0.5,upscale=2". Raises OptionError for a request that is not
         allowed, RuntimeUnavailableError where no server answers within `timeout_s`.
         """
         return self.submit(
@@ -72,6 +75,7 @@ class Client:
             sampler=sampler,
             height=height,
             width=width,
+            postprocess=postprocess,
             timeout_s=timeout_s,
         ).result()
 
@@ -88,6 +92,7 @@ class Client:
         sampler: str | None = None,
         height: int | None = None,
         width: int | None = None,
+        postprocess: PostProcess | str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> "Future[Picture]":
         """`generate` without waiting: the future holds the picture or the error.
@@ -107,6 +112,7 @@ class Client:
             "sampler": sampler,
             "height": height,
             "width": width,
+            "postprocess": postprocess,
         }
         request = Request.of({name: v for name, v in options.items() if v is not None})
         return self._send(model, request, timeout_s)
@@ -151,6 +157,8 @@ class Client:
                     f"no server answers at {self._url} ({message}); start one: "
                     "vitrine serve ARTIFACT, or correct the port"
                 )
+            case "INTERNAL" if " is broken (" in message:
+                return QualityError(message)
             case "DEADLINE_EXCEEDED":
                 return RuntimeUnavailableError(
                     f"{self._url} did not answer in time; raise timeout_s or send fewer requests"

@@ -6,7 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from engine.artifact import (
@@ -17,7 +17,7 @@ from engine.artifact import (
     write_manifest,
 )
 from engine.errors import ArtifactError, OptionError, RuntimeUnavailableError
-from engine.manifest import ModelSpec
+from engine.manifest import Manifest, ModelSpec
 from engine.pipeline import DEFAULT_MAX_ROWS
 
 if TYPE_CHECKING:
@@ -112,15 +112,39 @@ def _write_model(artifact: Artifact, folder: Path) -> None:
     version.mkdir(parents=True)
     (folder / CONFIG).write_text(config_text(artifact.name, artifact.manifest.model), "utf-8")
     (version / "model.py").write_text(_MODEL_PY, "utf-8")
-    for name in artifact.manifest.files:
+    manifest = _servable(artifact.manifest)
+    for name in manifest.files:
         target = version / ARTIFACT / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(artifact.path / name, target)
-    source = artifact.manifest.source
-    nameless = source.model_copy(update={"path": Path(source.path).name})  # no path of this machine
-    manifest = artifact.manifest.model_copy(update={"source": nameless})
     write_manifest(version / ARTIFACT, manifest)
     read_artifact(version / ARTIFACT)  # a full disk or a file that changed under the copy
+
+
+def _servable(manifest: Manifest) -> Manifest:
+    """The selected variant alone, with the files that run it, and no path of this machine."""
+    chosen = manifest.variants[manifest.selected]
+    stems = {PurePosixPath(file).with_suffix("") for file in chosen.networks.values()}
+    needed = {*manifest.model.tokenizers.values()}
+    if chosen.quality:
+        needed.add(chosen.quality.worst_picture)
+    files = {
+        name: sha256
+        for name, sha256 in manifest.files.items()  # with weights that lie beside a graph
+        if name in needed or any(_is_beside(name, stem) for stem in stems)
+    }
+    source = manifest.source.model_copy(update={"path": Path(manifest.source.path).name})
+    update = {
+        "source": source, "files": files, "selection": None,
+        "variants": {manifest.selected: chosen},
+    }  # fmt: skip
+    return manifest.model_copy(update=update)
+
+
+def _is_beside(name: str, stem: PurePosixPath) -> bool:
+    """Whether a file is `<stem>.*`: a graph, or its weights."""
+    path = PurePosixPath(name)
+    return path.parent == stem.parent and path.name.startswith(f"{stem.name}.")
 
 
 def config_text(name: str, model: ModelSpec) -> str:
@@ -132,14 +156,12 @@ def config_text(name: str, model: ModelSpec) -> str:
         raise RuntimeUnavailableError(
             f"{error.name} is not installed; pip install 'vitrine[triton]'"
         ) from None
-    image = model.image
     config = model_config_pb2.ModelConfig(name=name, backend="python", max_batch_size=MAX_ROWS)
     config.input.add(name=model.subject, data_type=model_config_pb2.TYPE_STRING, dims=[1])
-    height, width = (-1, -1) if image.multiple else (image.height, image.width)
     config.output.add(
         name="image",
         data_type=model_config_pb2.TYPE_UINT8,
-        dims=[height, width, image.channels],
+        dims=[-1, -1, model.image.channels],  # a request may ask for a size, or to be upscaled
     )
     config.instance_group.add(count=1, kind=model_config_pb2.ModelInstanceGroup.KIND_CPU)
     _add_batching(config, model)

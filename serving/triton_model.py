@@ -83,11 +83,23 @@ class TritonPythonModel:
         if not isinstance(outcome, Row):
             return pb_utils.InferenceResponse(error=outcome)
         if outcome.done:
-            image = self._pipeline.finish(outcome)[None]  # [1, H, W, C]
-            return pb_utils.InferenceResponse([pb_utils.Tensor("image", image)])
+            return self._picture(outcome)
         self._rows[_key(request)] = outcome
         request.set_release_flags(pb_utils.TRITONSERVER_REQUEST_RELEASE_RESCHEDULE)
         return None
+
+    def _picture(self, row: Row) -> Any:
+        """The answer to a row that is done. A broken picture fails its own request only."""
+        try:
+            image = self._pipeline.finish(row)[None]  # [1, H, W, C]
+        except VitrineError as error:
+            failed = pb_utils.TritonError(str(error), pb_utils.TritonError.INTERNAL)
+        except Exception as error:  # whatever a runtime raises must not fail the neighbours
+            message = f"{type(error).__name__}: {error}"
+            failed = pb_utils.TritonError(message, pb_utils.TritonError.INTERNAL)
+        else:
+            return pb_utils.InferenceResponse([pb_utils.Tensor("image", image)])
+        return pb_utils.InferenceResponse(error=failed)
 
 
 class _Counter:

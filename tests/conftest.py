@@ -15,6 +15,12 @@ LABELS = ("bag", "boot", "coat")
 RESOLUTION = 16
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that no worker is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def diffusion_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A class-conditional U-Net with guidance, 16x16, one channel, v-prediction."""

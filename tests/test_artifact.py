@@ -90,7 +90,7 @@ def other_path(path: str) -> Damage:
     ("damage", "message"),
     [
         (lambda f: (f / "manifest.json").write_text('{"name": "shop"}'), "has format None, this"),
-        (set_in("manifest.json", format=2), "has format 2, this version reads 1; export it again"),
+        (set_in("manifest.json", format=1), "has format 1, this version reads 2; export it again"),
         (set_in("manifest.json", colour="red"), "manifest.json: unknown key 'colour'.*export it"),
         (delete_from("manifest.json", "model"), "manifest.json: model is required; export it"),
         (

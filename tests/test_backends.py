@@ -12,8 +12,9 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
+from engine.backends import openvino as openvino_backend
 from engine.backends.onnxruntime import BoundCall, OnnxRuntimeBackend
-from engine.backends.openvino import OpenVINOBackend, compile_options
+from engine.backends.openvino import OpenVINOBackend, compile_options, cpu_has_bf16, split_batch
 from engine.backends.providers import cache_folder, may_capture, provider_options, resolve_provider
 from engine.backends.spec import Array, Backend, axis_sizes, open_backend
 from engine.backends.torch import TorchBackend
@@ -28,6 +29,8 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 # times on the way here: as a random walk 8e-7 and 3e-2. Measured: 7e-7, and 4e-2, as torch in bf16.
 BOUNDS = {"fp32": 1e-5, "bf16": 1e-1}
 BATCHES = range(1, 9)
+MOST_ROWS = 33  # one more than OpenVINO's largest batch
+USUAL = {"height": 2, "width": 2}
 
 
 class UNet(nn.Module):
@@ -73,7 +76,8 @@ class Network:
         feed = {}
         for tensor in self.spec.inputs:
             shape = [sizes.get(axis, axis) for axis in tensor.shape]
-            values = np.random.default_rng(len(tensor.name)).standard_normal((8, *shape[1:]))
+            shape[0] = MOST_ROWS
+            values = np.random.default_rng(len(tensor.name)).standard_normal(shape)
             integers = np.abs(values * 2).astype(np.int64) % 4
             floats = (values * (300 if tensor.name == "timestep" else 1)).astype(np.float32)
             feed[tensor.name] = (integers if tensor.dtype == "int64" else floats)[:batch]
@@ -155,6 +159,13 @@ def network(request: pytest.FixtureRequest) -> Network:
     return found
 
 
+def openvino(network: Network, precision: str = "fp32", is_usual: bool = True) -> Backend:
+    """Built ahead for the pictures of the tests, or for none of them."""
+    usual = USUAL if network.spec is UNET else {}
+    sizes = usual if is_usual else {"height": 9, "width": 9}
+    return OpenVINOBackend(network.path, network.spec, precision, sizes)
+
+
 def planned(network: Network) -> Backend:
     plan = network.path.with_suffix(".plan")
     axes = {name: (2, 2, 4) for name in ("height", "width") if network.spec is UNET}
@@ -170,12 +181,14 @@ BACKENDS = {
         "onnxruntime", n.path, n.spec, provider="tensorrt"
     ),
     "tensorrt": planned,
-    "openvino-fp32": lambda n: open_backend("openvino", n.path, n.spec),
-    "openvino-bf16": lambda n: open_backend("openvino", n.path, n.spec, precision="bf16"),
-    "openvino-fp32-dynamic": lambda n: OpenVINOBackend(n.path, n.spec, max_static_shapes=0),
-    "openvino-fp32-two-static": lambda n: OpenVINOBackend(n.path, n.spec, max_static_shapes=2),
+    "openvino-fp32": openvino,
+    "openvino-bf16": lambda n: openvino(n, "bf16"),
+    "openvino-fp32-dynamic": lambda n: openvino(n, is_usual=False),
+    "openvino-bf16-dynamic": lambda n: openvino(n, "bf16", is_usual=False),
 }
-NEED_A_DEVICE = {"onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "openvino-bf16"}
+NEED_A_DEVICE = {"onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt"} | {
+    name for name in BACKENDS if name.startswith("openvino-bf16")
+}
 OF_FILES = ["onnxruntime", "openvino"]
 
 
@@ -185,7 +198,7 @@ def error_over_signal(output: Array, reference: Array) -> float:
 
 
 def precision_of(name: str) -> str:
-    return "bf16" if name.endswith("bf16") else "fp32"
+    return "bf16" if "bf16" in name else "fp32"
 
 
 @pytest.fixture
@@ -416,6 +429,128 @@ def test_openvino_bf16_is_not_fp32_in_disguise(network, opened) -> None:
     feed = network.feed(4)
     (output,) = opened("openvino-bf16").run(feed).values()
     assert error_over_signal(output, network.eager(feed)) > 10 * BOUNDS["fp32"]
+
+
+@dataclass(frozen=True)
+class Typed:
+    """The small U-Net in one arithmetic."""
+
+    network: Network
+    precision: str  # of what is not quantized
+
+    def open(self, backend: type[OpenVINOBackend] = OpenVINOBackend) -> OpenVINOBackend:
+        return backend(self.network.path, self.network.spec, self.precision, USUAL)
+
+
+@pytest.fixture(scope="module")
+def int8(unet, tmp_path_factory) -> Network:
+    pytest.importorskip("nncf", reason="NNCF, which quantizes for OpenVINO, is not installed")
+    from export.quantize_openvino import OpenVINOQuantizer
+
+    quantizer = OpenVINOQuantizer(unet.path, [unet.feed(16)])
+    path = tmp_path_factory.mktemp("int8") / "unet.xml"
+    quantizer.write(quantizer.layers, path)
+    return Network(unet.module, unet.spec, path)
+
+
+@pytest.fixture(params=["fp32", "bf16", "int8", "int8 and bf16"])
+def typed(request, unet) -> Typed:
+    if "bf16" in request.param and not cpu_has_bf16():
+        pytest.skip("this CPU has no bf16")
+    network = request.getfixturevalue("int8") if "int8" in request.param else unet
+    return Typed(network, "bf16" if "bf16" in request.param else "fp32")
+
+
+def rows_of(backend: OpenVINOBackend, feed: dict[str, Array]) -> list[bytes]:
+    return [row.tobytes() for row in backend.run(feed)["prediction"]]
+
+
+def alone(backend: OpenVINOBackend, feed: dict[str, Array]) -> list[bytes]:
+    """What each row of a feed gets in a call of its own."""
+    calls = ({k: v[i : i + 1] for k, v in feed.items()} for i in range(len(feed["label"])))
+    return [rows_of(backend, call)[0] for call in calls]
+
+
+def test_rows_are_split_into_powers_of_two_with_at_most_one_row_more() -> None:
+    for rows in range(1, 101):
+        batches = split_batch(rows)
+        assert sum(batches) - rows == (rows > 1 and rows % 2)
+        assert set(batches) <= {1, 2, 4, 8, 16, 32}
+        assert batches == sorted(batches, reverse=True)
+        assert all(batches.count(batch) == 1 for batch in batches if batch < 32)
+        assert (1 in batches) == (rows == 1)
+    assert [split_batch(rows) for rows in (1, 7, 33, 70)] == [[1], [8], [32, 2], [32, 32, 4, 2]]
+
+
+@pytest.mark.parametrize("size", [(2, 2), (2, 3)], ids=["usual size", "another size"])
+def test_a_row_has_the_same_bytes_alone_and_at_every_position_of_every_batch(typed, size) -> None:
+    backend = typed.open()
+    feed = typed.network.feed(MOST_ROWS, *size)
+    expected = alone(backend, feed)
+    assert len(set(expected)) == MOST_ROWS
+    for count in range(1, MOST_ROWS + 1):
+        order = np.roll(np.arange(MOST_ROWS), 7 * count)[:count]
+        found = rows_of(backend, {name: array[order] for name, array in feed.items()})
+        assert found == [expected[index] for index in order], f"{count} rows"
+    backend.close()
+
+
+@pytest.mark.parametrize("count", [3, 5, 7, 31, 33])
+def test_the_row_that_fills_a_batch_is_never_seen(count, typed) -> None:
+    backend = typed.open()
+    feed = typed.network.feed(count)
+    expected = alone(backend, feed)
+    assert rows_of(backend, feed) == expected
+    feed["sample"] = feed["sample"].copy()
+    feed["sample"][-1] *= 1e4  # and with it the row that fills up
+    assert rows_of(backend, feed) == [*expected[:-1], *alone(backend, feed)[-1:]]
+    backend.close()
+
+
+def test_which_build_a_picture_gets_does_not_depend_on_the_order_of_traffic(typed) -> None:
+    sizes = [(2, 2), *((height, width) for height in (1, 2, 3) for width in (3, 4)), (2, 2)]
+    traffic = [(count, *size) for count, size in zip([3, 1, 2] * 3, sizes, strict=False)]
+    found = []
+    for order in (traffic, traffic[::-1], sorted(traffic)):
+        backend = typed.open()
+        found.append({call: rows_of(backend, typed.network.feed(*call)) for call in order})
+        backend.close()
+    assert found[0] == found[1] == found[2]
+
+
+class CountedBackend(OpenVINOBackend):
+    """Keeps the shape of every build, `?` where it is dynamic."""
+
+    def __init__(self, *options) -> None:
+        self.built = []
+        super().__init__(*options)
+
+    def _compile(self, model):
+        self.built.append(str(model.input("sample").get_partial_shape()))
+        return super()._compile(model)
+
+
+def all_traffic(backend: OpenVINOBackend, network: Network) -> None:
+    for count in (33, 16, 15, 5, 1):
+        for size in ((2, 2), (2, 3), (3, 2)):
+            backend.run(network.feed(count, *size))
+
+
+def test_no_traffic_makes_a_small_network_build_more_than_its_batches_and_one(unet) -> None:
+    backend = CountedBackend(unet.path, unet.spec, "fp32", USUAL)
+    all_traffic(backend, unet)
+    static = [shape for shape in backend.built if "?" not in shape and ".." not in shape]
+    assert sorted(static) == sorted(f"[{batch},1,16,16]" for batch in (1, 2, 4, 16, 32))
+    assert len(backend.built) == len(static) + 1
+    backend.close()
+
+
+def test_a_large_network_is_built_once_for_every_shape(unet, monkeypatch) -> None:
+    monkeypatch.setattr(openvino_backend, "STATIC_WEIGHTS_LIMIT_BYTES", 1000)
+    backend = CountedBackend(unet.path, unet.spec, "fp32", USUAL)
+    all_traffic(backend, unet)
+    assert len(backend.built) == 1
+    backend.close()
 
 
 # ONNX Runtime's providers --------------------------------------------------------------------

@@ -28,6 +28,7 @@ TORCH_PLACES = (
     "engine/backends/torch.py",
     "export/",
     "benchmarks/class_consistency.py",  # trains its judge
+    "benchmarks/selection.py",  # torch is what it compares with
 )
 RUNTIMES = {"onnxruntime", "openvino", "tensorrt", "tritonclient", "pytriton"}
 PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -145,7 +145,8 @@ def test_the_command_line_replaces_data_path_and_steps_of_the_file(tmp_path: Pat
         (
             {"steps": 4},
             "unknown key 'steps'; allowed: label, prompt, negative_prompt, seed, "
-            "num_inference_steps, guidance_scale, sampler, height, width, strength, image, mask",
+            "num_inference_steps, guidance_scale, sampler, height, width, strength, image, mask, "
+            "postprocess",
         ),
     ],
 )

@@ -11,7 +11,7 @@ from engine.errors import ArtifactError
 from engine.noise import noise
 from engine.pipeline import Pipeline, open_pipeline
 from engine.request import Request
-from export.gate import gate_requests
+from export.requests import gate_requests
 
 
 @pytest.mark.parametrize("max_rows", [2, 3, 7, 24])

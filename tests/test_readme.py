@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from tiny_pipelines import save
 
-from benchmarks.readme import demo_table
+from benchmarks.readme import demo_table, selection_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -28,8 +28,9 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_table_is_made_from_the_committed_result() -> None:
+def test_the_tables_are_made_from_the_committed_results() -> None:
     assert f"demo.json -->\n{demo_table()}\n<!-- end" in README
+    assert f"selection.json -->\n{selection_table()}\n<!-- end" in README
 
 
 def test_every_file_that_the_readme_names_exists() -> None:
@@ -68,12 +69,16 @@ def workspace(tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_commands_of_the_readme_run_in_order(workspace: Path) -> None:
-    train, generate, diffusers, serve, curl = blocks("sh")
+    train, generate, auto, baseline, diffusers, serve, curl = blocks("sh")
     run(train.replace("my-gan", "my-gan --steps 2"), workspace)
     run(generate, workspace)
     pictures = sorted(path.name for path in (workspace / "runs" / "sneakers").iterdir())
     assert pictures == ["10.png", "7.png", "8.png", "9.png"]
     assert Image.open(workspace / "runs" / "sneakers" / "7.png").size == (32, 32)
+    run(auto.replace("diffusion", "gan").replace("--auto", "--auto --pictures 4"), workspace)
+    assert (workspace / "artifacts" / "fashion-gan" / "quality" / "report.html").is_file()
+    shutil.rmtree(workspace / "artifacts" / "fashion-gan")
+    run(baseline, workspace)
     save("stable-diffusion", workspace / "tiny").rename(workspace / "models/stable-diffusion-v1-5")
     run(diffusers, workspace)
     for picture in ("shoe/7.png", "green-shoe/7.png"):

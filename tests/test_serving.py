@@ -24,9 +24,10 @@ from conftest import LABELS
 from tritonclient.utils import InferenceServerException
 
 from engine.errors import ArtifactError, OptionError, QualityError, RuntimeUnavailableError
+from engine.manifest import Floors
 from engine.pipeline import Pipeline
 from engine.request import Request
-from export.gate import Floors, check
+from export.gate import check
 from serving import embedded
 from serving.client import Client
 from serving.repository import write_repository

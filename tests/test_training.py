@@ -98,8 +98,9 @@ def test_a_training_writes_a_checkpoint_samples_and_scalars_and_no_pickle(
     assert {suffix for suffix in suffixes if not suffix[1:].isdigit()} <= {
         ".json", ".safetensors", ".png", ".vm", f".{os.uname().nodename}",
     }  # fmt: skip
-    picture = next(open_pipeline(tmp_path).generate([Request(label="r", seed=1)]))
-    assert picture.shape == (8, 8, 1)
+    pipeline = open_pipeline(tmp_path)
+    (row,) = pipeline.run([Request(label="r", seed=1)])
+    assert pipeline.draw(row).shape == (8, 8, 1)
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "gan"])

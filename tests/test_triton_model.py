@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import LABELS
 
+from engine.errors import QualityError
 from engine.pipeline import open_pipeline
 from engine.request import Request
 from serving.repository import MAX_ROWS
@@ -137,6 +138,27 @@ def test_a_failed_network_call_fails_its_rows_and_drops_their_state(model, monke
     assert responses[3].error.code == FakeError.INVALID_ARG
     assert not model._rows
     assert model.execute(requests(2, steps=4)) == [None, None]  # the model goes on
+
+
+def test_a_picture_that_cannot_be_finished_fails_its_own_request(model, monkeypatch) -> None:
+    rows = requests(3, steps=1)
+    finish = model._pipeline.finish
+    errors = iter([QualityError("the picture is broken (black)"), MemoryError("no memory")])
+
+    def finish_last_only(row: object) -> object:
+        for error in errors:
+            raise error
+        return finish(row)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(model._pipeline, "finish", finish_last_only)
+        first, second, third = model.execute(rows)
+    assert first.error.message == "the picture is broken (black)"
+    assert second.error.message == "MemoryError: no memory"
+    assert first.error.code == second.error.code == FakeError.INTERNAL
+    assert third.error is None
+    assert third.tensors[0].shape == (1, 16, 16, 1)
+    assert not model._rows
 
 
 def test_a_cancelled_row_is_answered_and_its_neighbour_goes_on(model) -> None:

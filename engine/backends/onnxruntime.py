@@ -44,6 +44,7 @@ class OnnxRuntimeBackend:
         profile: Profile | None = None,
         cuda_graphs: bool = True,
         max_shapes: int = 16,
+        weights_only: bool = False,
     ) -> None:
         """Open a session; `precision` only stands in messages.
 
@@ -51,6 +52,8 @@ class OnnxRuntimeBackend:
         shape leaves what it has seen. `max_shapes`: input shapes that keep their device memory, the
         first ones. `cuda_graphs`: record each of these and replay it; provider tensorrt holds one
         recording, so only where the shape is fixed, by `spec` or by `profile`.
+        `weights_only`: nothing but weights is quantized, so they are made float once; otherwise
+        products with them take another path for one row than for many, with other last bits.
         Raises RuntimeUnavailableError for a provider that is missing or does not start,
         ArtifactError for a file that does not load or that takes other inputs than `spec`.
         """
@@ -62,6 +65,7 @@ class OnnxRuntimeBackend:
             precision,
             cuda_graphs and may_capture(self._provider, spec, profile),
             profile,
+            weights_only,
         )
         self._max_shapes = max_shapes
         self._calls: dict[tuple[int, ...], BoundCall] = {}
@@ -160,7 +164,12 @@ def _run_options(graph_id: int) -> "onnxruntime.RunOptions":
 
 
 def _open_session(
-    path: Path, provider: Resolved, precision: str, cuda_graphs: bool, profile: Profile | None
+    path: Path,
+    provider: Resolved,
+    precision: str,
+    cuda_graphs: bool,
+    profile: Profile | None,
+    weights_only: bool,
 ) -> tuple["onnxruntime.InferenceSession", bool]:
     """The session, and whether it records CUDA graphs.
 
@@ -178,25 +187,27 @@ def _open_session(
     try:
         session = onnxruntime.InferenceSession(
             str(path),
-            _session_options(),
+            _session_options(weights_only),
             providers=provider_options(provider, cuda_graphs, profile, cache),
             enable_fallback=0,
         )
     except Exception as error:  # onnxruntime's own exceptions share no public base
         if cuda_graphs and "cannot use the graph capture feature" in str(error):
             warnings.warn(f"'{path}' runs without CUDA graphs: {error}", stacklevel=3)
-            return _open_session(path, provider, precision, False, profile)
+            return _open_session(path, provider, precision, False, profile, weights_only)
         raise _load_error(error, path, provider, precision) from error
     check_provider(session.get_providers(), provider)
     return session, cuda_graphs
 
 
-def _session_options() -> "onnxruntime.SessionOptions":
+def _session_options(weights_only: bool) -> "onnxruntime.SessionOptions":
     """Idle threads sleep: where other work wants the cores, spinning made calls 1.3-3x slower."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if weights_only:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # folds what is constant
     return options
 
 

@@ -41,12 +41,15 @@ def open_backend(
     precision: str = "fp32",
     provider: Provider = "auto",
     target: PlanTarget | None = None,
+    usual_sizes: Mapping[str, int] | None = None,
+    weights_only: bool = False,
 ) -> Backend:
     """Load a network: a file of an artifact, or a network's folder in a checkpoint (torch).
 
-    `precision` is the variant's: it chooses OpenVINO's arithmetic and stands in messages; every
-    other runtime takes it from the file. `provider` is ONNX Runtime's alone; `target` is what a
-    TensorRT plan was built for.
+    `precision` is that of whatever is not quantized: it chooses OpenVINO's arithmetic and stands in
+    messages; every other runtime takes it from the file. `provider` is ONNX Runtime's alone;
+    `target` is what a TensorRT plan was built for. `usual_sizes` are the axes beside the batch of
+    most calls, for which OpenVINO builds ahead. `weights_only`: nothing but weights is quantized.
 
     Raises RuntimeUnavailableError where the runtime is not installed or lacks its device,
     ArtifactError where it cannot read the file.
@@ -59,11 +62,11 @@ def open_backend(
         case "onnxruntime":
             from engine.backends.onnxruntime import OnnxRuntimeBackend
 
-            return OnnxRuntimeBackend(path, spec, provider, precision)
+            return OnnxRuntimeBackend(path, spec, provider, precision, weights_only=weights_only)
         case "openvino":
             from engine.backends.openvino import OpenVINOBackend
 
-            return OpenVINOBackend(path, spec, precision)
+            return OpenVINOBackend(path, spec, precision, usual_sizes)
         case "tensorrt":
             from engine.backends.tensorrt import TensorRTBackend
 

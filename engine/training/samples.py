@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from engine.images import grid
+from engine.images import grid, to_uint8
 from engine.pipeline import open_pipeline
 from engine.request import Request
 
@@ -17,7 +17,7 @@ def save_samples(folder: Path, step: int, writer: SummaryWriter) -> None:
     pipeline = open_pipeline(folder)
     labels = pipeline.model.labels[:MOST_LABELS]
     requests = [Request(label=label, seed=seed) for seed in range(ROWS) for label in labels]
-    pictures = list(pipeline.generate(requests))
+    pictures = [to_uint8(pipeline.draw(row)) for row in pipeline.run(requests)]  # broken ones too
     pipeline.close()
     captions = [request.label or "" for request in requests]
     sheet = grid(pictures, len(labels), captions, scale=max(1, 64 // pictures[0].shape[0]))

@@ -1,0 +1,203 @@
+"""`vitrine export --auto`: every candidate built, judged by pictures and timed; the best chosen."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from engine.artifact import Artifact, hash_files, new_artifact, read_artifact, write_manifest
+from engine.console import Progress
+from engine.errors import QualityError, RuntimeUnavailableError
+from engine.machine import this_machine
+from engine.manifest import KeptLayer, Variant
+from engine.networks.lora import fused
+from export.build import export
+from export.calibrate import batches, load_rows
+from export.candidates import AutoOptions, Candidate
+from export.files import link_files
+from export.gate import Gate, judge, open_gate, refuse, runnable_variant
+from export.ledger import Ledger
+from export.quantize import kept_precision, open_quantizer, record_calibration
+from export.requests import SEARCH_SEED
+from export.search import Found, search
+from export.select import select
+from export.trials import DenoiserTrials
+from export.variant import VariantOptions, installed_version
+
+SEARCH_PICTURES = 32
+PROBES = 6  # calls that a layer's error is measured on
+
+
+def auto(
+    checkpoint: Path,
+    artifact_path: Path,
+    options: AutoOptions,
+    loras: Sequence[tuple[Path, float]],
+    progress: Progress,
+) -> Artifact:
+    """Build, judge, time and choose; the report lies in the artifact's `quality/`.
+
+    Stopped, it goes on with what its searches had measured. Raises QualityError where nothing
+    reaches the floors: the artifact then keeps an fp32 variant.
+    """
+    options.calibration.check()
+    candidates = _Candidates(checkpoint, artifact_path, options, loras, progress)
+    candidates.build_and_judge()
+    artifact = select(artifact_path, options.goal, candidates.built, candidates.not_built, progress)
+    shutil.rmtree(candidates.work, ignore_errors=True)
+    chosen = artifact.manifest.variants[artifact.manifest.selected]
+    if not chosen.accepted:
+        raise QualityError(_nothing_reaches(artifact))
+    return artifact
+
+
+def _nothing_reaches(artifact: Artifact) -> str:
+    """What was kept, and which candidate came closest."""
+    manifest = artifact.manifest
+    judged = {name: v.quality for name, v in manifest.variants.items() if v.quality}
+    kept = f"{manifest.selected} is kept; see {artifact.path / 'quality' / 'report.html'}"
+    if not judged:
+        return f"no variant makes whole pictures; {kept}"
+    name = max(judged, key=lambda name: judged[name].psnr_db_min)
+    closest = judged[name]
+    return (
+        f"no variant reaches the floors (PSNR {closest.floors.psnr_db:g} dB, mean SSIM "
+        f"{closest.floors.ssim:g}); the closest is {name} with {closest.psnr_db_min:.1f} dB and "
+        f"{closest.ssim_mean:.4f}; {kept}"
+    )
+
+
+class _Candidates:
+    """The variants of one checkpoint, on their way into an artifact."""
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        artifact_path: Path,
+        options: AutoOptions,
+        loras: Sequence[tuple[Path, float]],
+        progress: Progress,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._path = artifact_path
+        self._options = options
+        self._loras = loras
+        self._progress = progress
+        self._size = options.variant(options.candidates[0]).size
+        self.work = artifact_path.with_name(f".{artifact_path.name}.search")
+        self.built: list[str] = []
+        self.not_built: dict[str, str] = {}
+
+    def build_and_judge(self) -> None:
+        """Every candidate that can be built here, judged by the same pictures."""
+        possible = [each for each in self._options.candidates if self._is_possible(each)]
+        plain = [each for each in possible if not each.is_quantized]
+        if not plain:
+            reasons = "; ".join(dict.fromkeys(self.not_built.values()))
+            raise RuntimeUnavailableError(f"no candidate can be built here: {reasons}")
+        for candidate in plain:
+            self._export(self._options.variant(candidate))
+        gate = self._open_gate("reference", self._options.pictures, 0)
+        for candidate in plain:
+            self._judge(candidate, gate)
+        quantized = [each for each in possible if each.is_quantized]
+        searched = [each for each in quantized if each.is_searched]
+        trial = self._open_gate("trial", SEARCH_PICTURES, SEARCH_SEED) if searched else gate
+        for candidate in quantized:
+            if candidate.is_searched:
+                seconds = 60 * self._options.search_minutes / len(searched)
+                self._build_searched(candidate, self._search(candidate, trial, seconds), gate)
+            else:
+                self._export(self._options.variant(candidate))
+                self._judge(candidate, gate)
+
+    def _is_possible(self, candidate: Candidate) -> bool:
+        try:
+            candidate.require_packages()
+        except RuntimeUnavailableError as error:
+            self.not_built[self._options.variant(candidate).name] = str(error)
+            return False
+        return True
+
+    def _open_gate(self, which: str, pictures: int, first_seed: int) -> Gate:
+        self._progress(f"drawing {pictures} {which} pictures in torch")
+        artifact = read_artifact(self._path)
+        return open_gate(artifact, self._checkpoint, pictures, self._size, first_seed)
+
+    def _export(self, options: VariantOptions) -> None:
+        self._progress(f"exporting {options.name}")
+        export(self._checkpoint, self._path, options, self._loras, self._progress)
+
+    def _judge(self, candidate: Candidate, gate: Gate) -> Variant:
+        """The verdict on a variant; one whose runtime does not start on this CPU is refused."""
+        name = self._options.variant(candidate).name
+        self.built = [*(other for other in self.built if other != name), name]
+        self._progress(f"drawing {len(gate.requests)} pictures with {name}")
+        artifact = read_artifact(self._path)
+        runnable, simulated = runnable_variant(artifact, name)
+        try:
+            return judge(artifact, name, gate, self._options.floors, runnable, simulated)
+        except RuntimeUnavailableError as error:
+            return refuse(artifact, name, str(error))
+
+    def _build_searched(self, candidate: Candidate, found: Found, gate: Gate) -> None:
+        """Export what a search found, or another set where the gate refuses it."""
+        layers, kept = found.layers, found.kept
+        self._export(self._options.variant(candidate, layers, kept))
+        verdict = self._judge(candidate, gate)
+        for other in found.alternatives:
+            if verdict.accepted:
+                return
+            reason = "with it the pictures of the gate fall below the floor"
+            dropped = [KeptLayer(name=name, reason=reason) for name in layers if name not in other]
+            kept = tuple(layer for layer in (*kept, *dropped) if layer.name not in other)
+            layers = other
+            self._export(self._options.variant(candidate, layers, kept))
+            verdict = self._judge(candidate, gate)
+
+    def _search(self, candidate: Candidate, gate: Gate, seconds: float) -> Found:
+        """The layers to quantize; what was measured is in a ledger beside the artifact."""
+        options = self._options.variant(candidate)
+        fp32 = self._options.variant(Candidate(candidate.runtime, "fp32")).name
+        with fused(self._checkpoint, read_artifact(self._path).manifest.source.loras) as weights:
+            artifact = _with_calibration(self._path, weights, options, self._progress)
+            model = artifact.manifest.model
+            graph = artifact.manifest.variants[fp32].networks[model.denoiser]
+            self._progress(f"quantizing {model.denoiser} for {candidate.runtime}")
+            quantizer = open_quantizer(weights, options, artifact.path, graph)
+        feeds = batches(load_rows(artifact.path / options.calibration.file))[-PROBES:]
+        self.work.mkdir(parents=True, exist_ok=True)
+        ledger = Ledger(self.work / f"{candidate.runtime}.jsonl", self._context(artifact, options))
+        if ledger.resumed:
+            self._progress(f"going on with {ledger.resumed} measurements from before")
+        trials = DenoiserTrials(
+            quantizer, candidate.runtime, kept_precision(options), artifact, fp32, feeds, gate,
+            self._options.floors, self.work / candidate.runtime,
+        )  # fmt: skip
+        return search(trials, ledger, seconds, self._progress)
+
+    def _context(self, artifact: Artifact, options: VariantOptions) -> Mapping[str, object]:
+        """What the measurements of a search hold for."""
+        return {
+            "source": artifact.manifest.source.model_dump(mode="json"),
+            "variant": options.model_dump(mode="json"),
+            "kept_precision": kept_precision(options),
+            "floors": self._options.floors.model_dump(),
+            "machine": this_machine().model_dump(),
+            "versions": [installed_version(options.runtime), version("vitrine")],
+        }
+
+
+def _with_calibration(
+    artifact_path: Path, weights: Path, options: VariantOptions, progress: Progress
+) -> Artifact:
+    """The artifact with the rows that its ranges are measured on, recorded where they lack."""
+    artifact = read_artifact(artifact_path)
+    if options.calibration.file in artifact.manifest.files:
+        return artifact
+    with new_artifact(artifact_path) as folder:
+        link_files(artifact, folder)
+        record_calibration(weights, options, folder, progress)
+        files = {"files": hash_files(folder)}
+        write_manifest(folder, artifact.manifest.model_copy(update=files))
+    return read_artifact(artifact_path)
