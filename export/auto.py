@@ -2,14 +2,13 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from engine.artifact import Artifact, hash_files, new_artifact, read_artifact, write_manifest
 from engine.console import Progress
-from engine.errors import QualityError, RuntimeUnavailableError
+from engine.errors import ArtifactError, QualityError, RuntimeUnavailableError
 from engine.machine import this_machine
-from engine.manifest import KeptLayer, Variant
+from engine.manifest import Floors, Goal, KeptLayer, Variant
 from engine.networks.lora import fused
 from export.build import export
 from export.calibrate import batches, load_rows
@@ -45,10 +44,52 @@ def auto(
     candidates.build_and_judge()
     artifact = select(artifact_path, options.goal, candidates.built, candidates.not_built, progress)
     shutil.rmtree(candidates.work, ignore_errors=True)
+    return _require_accepted(artifact)
+
+
+def select_anew(
+    artifact_path: Path,
+    checkpoint: Path | None,
+    goal: Goal,
+    floors: Floors,
+    pictures: int,
+    progress: Progress,
+) -> Artifact:
+    """Judge and time the variants that an artifact has, on this machine, and choose again.
+
+    Variants of another picture size than the selected one's are left alone. Raises as `auto`, and
+    ArtifactError where the checkpoint is missing.
+    """
+    artifact = read_artifact(artifact_path)
+    variants = artifact.manifest.variants
+    size = variants[artifact.manifest.selected].size
+    names = [name for name, variant in variants.items() if variant.size == size]
+    progress(f"drawing {pictures} reference pictures in torch")
+    gate = open_gate(artifact, checkpoint, pictures, size)
+    for name in names:
+        _judge(artifact_path, name, gate, floors, progress)
+    return _require_accepted(select(artifact_path, goal, names, {}, progress))
+
+
+def _require_accepted(artifact: Artifact) -> Artifact:
+    """Raises QualityError where what was selected is only kept, for want of a better one."""
     chosen = artifact.manifest.variants[artifact.manifest.selected]
     if not chosen.accepted:
         raise QualityError(_nothing_reaches(artifact))
     return artifact
+
+
+def _judge(
+    artifact_path: Path, name: str, gate: Gate, floors: Floors, progress: Progress
+) -> Variant:
+    """The verdict on a variant; one whose runtime does not start on this machine is refused."""
+    progress(f"drawing {len(gate.requests)} pictures with {name}")
+    artifact = read_artifact(artifact_path)
+    runnable, simulated = runnable_variant(artifact, name)
+    try:
+        return judge(artifact, name, gate, floors, runnable, simulated)
+    except RuntimeUnavailableError as error:
+        return refuse(artifact, name, str(error))
 
 
 def _nothing_reaches(artifact: Artifact) -> str:
@@ -103,13 +144,21 @@ class _Candidates:
         quantized = [each for each in possible if each.is_quantized]
         searched = [each for each in quantized if each.is_searched]
         trial = self._open_gate("trial", SEARCH_PICTURES, SEARCH_SEED) if searched else gate
+        seconds = 60 * self._options.search_minutes / max(len(searched), 1)
         for candidate in quantized:
-            if candidate.is_searched:
-                seconds = 60 * self._options.search_minutes / len(searched)
-                self._build_searched(candidate, self._search(candidate, trial, seconds), gate)
-            else:
-                self._export(self._options.variant(candidate))
-                self._judge(candidate, gate)
+            try:
+                self._build_quantized(candidate, gate, trial, seconds)
+            except ArtifactError as error:  # a graph that a quantizer cannot take
+                self.not_built[self._options.variant(candidate).name] = str(error)
+
+    def _build_quantized(
+        self, candidate: Candidate, gate: Gate, trial: Gate, seconds: float
+    ) -> None:
+        if candidate.is_searched:
+            self._build_searched(candidate, self._search(candidate, trial, seconds), gate)
+        else:
+            self._export(self._options.variant(candidate))
+            self._judge(candidate, gate)
 
     def _is_possible(self, candidate: Candidate) -> bool:
         try:
@@ -129,16 +178,9 @@ class _Candidates:
         export(self._checkpoint, self._path, options, self._loras, self._progress)
 
     def _judge(self, candidate: Candidate, gate: Gate) -> Variant:
-        """The verdict on a variant; one whose runtime does not start on this CPU is refused."""
         name = self._options.variant(candidate).name
         self.built = [*(other for other in self.built if other != name), name]
-        self._progress(f"drawing {len(gate.requests)} pictures with {name}")
-        artifact = read_artifact(self._path)
-        runnable, simulated = runnable_variant(artifact, name)
-        try:
-            return judge(artifact, name, gate, self._options.floors, runnable, simulated)
-        except RuntimeUnavailableError as error:
-            return refuse(artifact, name, str(error))
+        return _judge(self._path, name, gate, self._options.floors, self._progress)
 
     def _build_searched(self, candidate: Candidate, found: Found, gate: Gate) -> None:
         """Export what a search found, or another set where the gate refuses it."""
@@ -184,7 +226,9 @@ class _Candidates:
             "kept_precision": kept_precision(options),
             "floors": self._options.floors.model_dump(),
             "machine": this_machine().model_dump(),
-            "versions": [installed_version(options.runtime), version("vitrine")],
+            "versions": [
+                installed_version(package) for package in (options.runtime, "nncf", "vitrine")
+            ],
         }
 
 

@@ -1,4 +1,4 @@
-"""`vitrine lint` and `vitrine check`."""
+"""`vitrine lint`, `check` and `select`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 import typer
 
 from engine.artifact import is_artifact, read_artifact
-from engine.console import AsJson, console, emit
+from engine.console import AsJson, console, emit, progress
 from engine.errors import OptionError, QualityError
-from engine.manifest import Floors, Manifest
-from export.terminal import print_finding, print_regression
+from engine.manifest import Floors, Goal, Manifest
+from export.terminal import print_finding, print_regression, say_selected
 
 app = typer.Typer()
 
@@ -162,3 +162,26 @@ def _check_baseline(
     )
     if found.moved:
         raise typer.Exit(QualityError.exit_code)
+
+
+@app.command()
+def select(
+    artifact: Annotated[Path, typer.Argument(help="an artifact with several variants")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="where its checkpoint is, if that has moved")
+    ] = None,
+    goal: Annotated[Goal, typer.Option("--for", help="what is to be best")] = "throughput",
+    floor_psnr_db: Annotated[
+        float | None, typer.Option(help="for the worst picture; default 35")
+    ] = None,
+    floor_ssim: Annotated[float | None, typer.Option(help="for the mean; default 0.98")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="to judge each by")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Judge and time the variants that are there, on this machine, and choose again."""
+    from export.auto import select_anew
+
+    floors = Floors.parse(floor_options(floor_psnr_db, floor_ssim), "floor")
+    with progress(f"selecting a variant of {artifact}") as report_progress:
+        made = select_anew(artifact, checkpoint, goal, floors, pictures, report_progress)
+    say_selected(made.manifest, artifact, as_json)

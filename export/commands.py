@@ -11,7 +11,7 @@ from engine.errors import OptionError, QualityError, RuntimeUnavailableError
 from engine.manifest import Goal, Precision
 from export import check_commands
 from export.check_commands import floor_options
-from export.terminal import print_finding, print_variants
+from export.terminal import print_finding, print_variants, say_selected
 
 if TYPE_CHECKING:
     from export.variant import PlanBuild
@@ -208,19 +208,7 @@ def _export_best(
         if is_artifact(output):
             print_variants(read_artifact(output).manifest)
         raise
-    print_variants(made.manifest)
-    report = output / "quality" / "report.html"
-    console.print(f"{output}: {made.manifest.selected} selected; see {report}", markup=False)
-    selection = made.manifest.selection
-    emit(
-        {
-            "artifact": str(output),
-            "selected": made.manifest.selected,
-            "within_noise": list(selection.within_noise) if selection else [],
-            "report": str(output / "quality" / "report.json"),
-        },
-        as_json,
-    )
+    say_selected(made.manifest, output, as_json)
 
 
 def _plans_are_missing(artifact: Path, variant: str) -> bool:

@@ -1,8 +1,9 @@
 """What commands of this folder show people: findings, variants, what moved."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.console import console
+from engine.console import console, emit
 from engine.manifest import Manifest, Variant
 
 if TYPE_CHECKING:
@@ -79,3 +80,19 @@ def print_regression(regression: "Regression") -> None:
     for moved in regression.moved:
         table.add_row(moved.what, str(moved.seed), moved.figure, moved.before, moved.now)
     console.print(table)
+
+
+def say_selected(manifest: Manifest, artifact: Path, as_json: bool) -> None:
+    """A table of all variants, and the one that was chosen."""
+    print_variants(manifest)
+    report = artifact / "quality" / "report.html"
+    console.print(f"{artifact}: {manifest.selected} selected; see {report}", markup=False)
+    emit(
+        {
+            "artifact": str(artifact),
+            "selected": manifest.selected,
+            "within_noise": list(manifest.selection.within_noise) if manifest.selection else [],
+            "report": str(artifact / "quality" / "report.json"),
+        },
+        as_json,
+    )

@@ -480,3 +480,35 @@ def test_choosing_twice_gives_the_same_or_names_the_other_as_within_noise(
         chosen.append((manifest.selected, manifest.selection.within_noise))
     (first, tied_first), (second, tied_second) = chosen
     assert second in (first, *tied_first) or first in tied_second
+
+
+def test_the_command_select_judges_what_is_there_and_chooses_again(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(made, tmp_path / "tiny"))
+    before = read_artifact(folder).manifest
+    done = run(
+        "select", folder, "--for", "latency", "--pictures", 2, "--floor-psnr-db", 5, "--json"
+    )
+    assert done.code == 0, done.said
+    after = read_artifact(folder).manifest  # which verifies every hash
+    assert after.selection is not None
+    assert after.selection.goal == "latency"
+    assert set(after.variants) == set(before.variants)
+    qualities = [entry.quality for entry in after.variants.values() if entry.quality]
+    assert qualities
+    assert {(quality.pictures, quality.floors.psnr_db) for quality in qualities} == {(2, 5.0)}
+    assert figures(folder)["selected"] == after.selected
+    assert after.selected in done.said
+
+
+def test_the_command_select_keeps_fp32_where_nothing_reaches_the_floor(
+    made: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(made, tmp_path / "tiny"))
+    done = run("select", folder, "--pictures", 1, "--floor-psnr-db", 199)
+    assert done.code == 1
+    assert "no variant reaches the floors (PSNR 199 dB" in done.said
+    manifest = read_artifact(folder).manifest
+    assert manifest.variants[manifest.selected].precision == "fp32"
+    assert manifest.variants[manifest.selected].accepted is False
