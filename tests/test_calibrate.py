@@ -199,6 +199,16 @@ def test_another_seed_draws_other_rows(diffusion: Pipeline) -> None:
     assert not one & two
 
 
+def test_another_seed_begins_with_other_noise(gan: Pipeline) -> None:
+    """A GAN's rows are the start noise of all requests: none is drawn for both seeds."""
+    one, two = (
+        {latent.tobytes() for latent in calibrate(gan, options)["latent"]}
+        for options in (CalibrationOptions(rows=GAN_ROWS, seed=seed) for seed in (0, 1))
+    )
+    assert len(one) == len(two) == GAN_ROWS
+    assert not one & two
+
+
 def test_each_set_of_options_has_its_own_file() -> None:
     files = {
         CalibrationOptions(rows=rows, seed=seed).file
@@ -211,14 +221,19 @@ def test_each_set_of_options_has_its_own_file() -> None:
 # Seeds that nothing is judged by
 
 
-@pytest.mark.parametrize("rows", [32, 384, 4000])
-def test_no_picture_is_judged_that_calibration_has_seen(rows: int, diffusion: Pipeline) -> None:
-    """At either end of the seeds that are allowed; the gate's begin at 0."""
-    for options in (CalibrationOptions(rows=rows), largest_seed(rows)):
-        seeds = {request.seed for request in requests_of(diffusion.model, options)}
-        assert min(seeds) >= LARGEST_GATE
-        search = range(SEARCH_SEED, SEARCH_SEED + LARGEST_GATE)
-        assert not seeds & set(search)
+@pytest.mark.parametrize(
+    ("model", "rows"), [("diffusion", 32), ("diffusion", 384), ("diffusion", 4000), ("gan", 1000)]
+)
+def test_no_picture_is_judged_that_calibration_has_seen(
+    model: str, rows: int, request: pytest.FixtureRequest
+) -> None:
+    """At either end of the seeds that are allowed: the gate's begin at 0, the search's above."""
+    spec = request.getfixturevalue(model).model
+    first, last = (
+        [each.seed for each in requests_of(spec, options)]
+        for options in (CalibrationOptions(rows=rows), largest_seed(rows))
+    )
+    assert LARGEST_GATE <= min(first) <= max(last) < SEARCH_SEED
 
 
 def largest_seed(rows: int) -> CalibrationOptions:
