@@ -214,7 +214,7 @@ class _Candidates:
             self._progress(f"going on with {ledger.resumed} measurements from before")
         trials = DenoiserTrials(
             quantizer, candidate.runtime, kept_precision(options), artifact, fp32, feeds, gate,
-            self._options.floors, self.work / candidate.runtime,
+            self._options.floors, self.work / candidate.runtime, artifact.path / graph,
         )  # fmt: skip
         return search(trials, ledger, seconds, self._progress)
 

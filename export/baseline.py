@@ -134,11 +134,12 @@ def compare(path: Path, artifact_path: Path, checkpoint: Path | None) -> Regress
         )
     for name in baseline.variants:
         if name not in artifact.manifest.variants:
-            runtime, _, precision = name.partition("-")
+            runtime, precision, *form = name.split("-")
+            weights = " --weights-only" if "weights" in form else ""
             raise OptionError(
                 f"baseline '{path}' has {name}, which '{artifact_path}' lacks; export it: vitrine "
                 f"export {source.path} --output {artifact_path} --runtime {runtime} "
-                f"--precision {precision}"
+                f"--precision {precision}{weights}"
             )
     before = {**baseline.variants, **baseline.postprocess}
     count = max(len(entry.pictures) for entry in before.values())
@@ -162,8 +163,12 @@ def _draw(
 ) -> Baseline:
     """What variants and operations make of the gate's requests now."""
     sizes = {artifact.manifest.variants[name].size for name in variants}
-    (size,) = sizes or {None}
-    gate = open_gate(artifact, checkpoint, pictures, size)
+    if len(sizes) > 1:
+        raise OptionError(
+            f"a baseline is of one picture size, and the variants are of several: "
+            f"{', '.join(variants)}; give the variants of a fixed size an artifact of their own"
+        )
+    gate = open_gate(artifact, checkpoint, pictures, next(iter(sizes), None))
     return Baseline(
         checkpoint_sha256=artifact.manifest.source.sha256,
         variants={name: _variant(artifact, name, gate) for name in variants},

@@ -24,7 +24,7 @@ class CalibrationOptions(Options):
     """Which rows are recorded; the same options give the same rows."""
 
     rows: int = Field(384, ge=1, description="network evaluations kept, from all steps alike")
-    seed: int = Field(0, ge=0, lt=1000)
+    seed: int = Field(0, ge=0, lt=900)
 
     def check(self) -> None:
         """Raises OptionError for too few rows."""

@@ -115,7 +115,7 @@ def open_quantizer(
         from export.quantize_openvino import OpenVINOQuantizer
 
         return OpenVINOQuantizer(folder / graph, feeds)
-    ranges = _ranges(checkpoint, options, folder / graph, feeds)
+    ranges = _ranges(checkpoint, options, folder, graph, feeds)
     return OnnxQuantizer(folder / graph, _recipe(options), ranges)
 
 
@@ -124,20 +124,23 @@ def _recipe(options: VariantOptions) -> Recipe:
 
 
 def _ranges(
-    checkpoint: Path, options: VariantOptions, graph: Path, feeds: Sequence[Feed]
+    checkpoint: Path, options: VariantOptions, folder: Path, graph: str, feeds: Sequence[Feed]
 ) -> Ranges:
     """The ranges of the layers in float32, whatever the precision of the graph."""
     if options.graph_precision == "fp32":
-        return measure_ranges(graph, feeds)
+        return measure_ranges(folder / graph, feeds)
     from engine.checkpoint import read_checkpoint
     from engine.networks.load import load_network
     from export.onnx import export_network
 
     model = read_checkpoint(checkpoint).model
     name = model.denoiser
+    exported = folder / options.graph(name, model.networks[name], "fp32")
+    if exported.exists():  # another variant's
+        return measure_ranges(exported, feeds)
     sizes = model.symbols(name, options.size) if options.size else None
     with tempfile.TemporaryDirectory() as temporary:
-        exact = Path(temporary) / graph.name
+        exact = Path(temporary) / f"{name}.onnx"
         export_network(load_network(checkpoint, name, model.networks[name], "fp32"), exact, sizes)
         return measure_ranges(exact, feeds)
 

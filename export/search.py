@@ -10,7 +10,7 @@ from engine.manifest import KeptLayer
 from export.ledger import Ledger
 
 SHARES = 8  # sets of 8/8, 7/8, ... 1/8 of the useful layers are tried
-ENOUGH = 3  # sets that hold: the gate, whose pictures are others, may refuse the first
+LEAST_WORK = 0.005  # of the network's: layers with less are not worth a conversion around them
 FASTER = 0.99  # of the float call
 
 
@@ -18,6 +18,9 @@ class Trials(Protocol):
     """A network whose layers can be quantized one by one, measured on this machine."""
 
     layers: Sequence[str]
+
+    def work(self) -> dict[str, float]:
+        """Multiply-accumulates of each layer in one call."""
 
     def saved_ms(self) -> dict[str, float]:
         """What int8 saves of each layer's own time in one call."""
@@ -50,27 +53,33 @@ def search(
 ) -> Found:
     """The fastest set of layers whose trial pictures hold.
 
-    Sets take the layers that save most time for their error first. Pictures are drawn of every set
-    that is faster than float, the fastest first: more layers in int8 do not always make the worst
-    picture worse, so that no set speaks for another. Where none holds, the one that comes closest
+    Sets take the layers with most work for their error first: work, which does not depend on the
+    clock, so that a second search tries the same sets. Pictures are drawn of every set that is
+    faster than float, the fastest first: more layers in int8 do not always make the worst picture
+    worse, so that no set speaks for another. Where none holds, the one that comes closest
     is returned, for the gate to refuse. When the time is up, what was not measured stays float.
     """
     end = clock() + seconds
     saved = _saved(trials, ledger, progress)
-    useful = [layer for layer in trials.layers if saved[layer] > 0]
+    work = trials.work()
+    least = LEAST_WORK * sum(work.values())
+    useful = [layer for layer in trials.layers if saved[layer] > 0 and work[layer] >= least]
     errors = _errors(trials, useful, ledger, progress, lambda: clock() >= end)
-    order = sorted(errors, key=lambda layer: errors[layer] / saved[layer])
+    order = sorted(errors, key=lambda layer: errors[layer] / work[layer])
     margins: dict[tuple[str, ...], float] = {}
-    for layers in _faster_sets(trials, order, ledger, progress):
-        if clock() >= end or sum(margin >= 0 for margin in margins.values()) >= ENOUGH:
+    faster = _faster_sets(trials, order, ledger, progress)
+    for layers in faster:
+        if clock() >= end:
             break
         margins[layers] = _margin_db(trials, layers, ledger, progress)
     held = [layers for layers, margin in margins.items() if margin >= 0]
     closest = sorted(margins, key=lambda layers: -margins[layers])
-    chosen, *others = (held or closest or [()])[:ENOUGH]
+    chosen, *others = held or closest or [()]
     return Found(
         layers=chosen,
-        kept=tuple(_kept(trials, chosen, saved, errors, gains=bool(margins))),
+        kept=tuple(
+            _kept(trials, chosen, saved, errors, useful, gains=bool(faster), drawn=bool(margins))
+        ),
         alternatives=tuple(others) if held else (),
     )
 
@@ -133,7 +142,9 @@ def _kept(
     chosen: Sequence[str],
     saved: Mapping[str, float],
     errors: Mapping[str, float],
+    useful: Sequence[str],
     gains: bool,
+    drawn: bool,
 ) -> list[KeptLayer]:
     total = sum(errors[layer] for layer in chosen)
     kept = []
@@ -142,10 +153,16 @@ def _kept(
             continue
         if saved[layer] <= 0:
             reason = "int8 is no faster here"
+        elif layer not in useful:
+            reason = (
+                f"under {LEAST_WORK:.1%} of the network's work, {saved[layer]:.3f} ms of a call"
+            )
         elif layer not in errors:
             reason = "its error was not measured: the time of the search was up"
         elif not gains:
             reason = "no set of layers made a whole call faster"
+        elif not drawn:
+            reason = "no pictures were drawn: the time of the search was up"
         elif not total:
             reason = "with it the pictures fall below the floor"
         else:

@@ -15,6 +15,7 @@ from engine.pipeline import open_artifact
 from export.gate import Gate
 from export.layer_times import layer_times_ms
 from export.quantize import Quantizer
+from export.work import layer_macs
 
 Feed = Mapping[str, NDArray[np.generic]]
 ROUNDS = 15
@@ -38,10 +39,11 @@ class DenoiserTrials:
         gate: Gate,
         floors: Floors,
         folder: Path,
+        graph: Path,
     ) -> None:
         """`feeds`: network calls of one size; `gate`: pictures that the final gate does not draw.
 
-        The other networks are those of `float_variant`.
+        The other networks are those of `float_variant`; `graph` is the denoiser in float.
         """
         self.layers: Sequence[str] = quantizer.layers
         self._quantizer = quantizer
@@ -53,8 +55,14 @@ class DenoiserTrials:
         self._gate = gate
         self._floors = floors
         self._folder = folder
+        self._graph = graph
         self._written = 0
         self._exact = self._outputs([], "fp32")
+
+    def work(self) -> dict[str, float]:
+        """Multiply-accumulates of each layer in one call."""
+        macs = layer_macs(self._graph, self._feeds[0])
+        return {layer: macs[layer] for layer in self.layers}
 
     def saved_ms(self) -> dict[str, float]:
         """What int8 saves of each layer's own time in one call."""

@@ -195,10 +195,10 @@ class VariantOptions(Options):
         if variant is None or variant.build != self._build:
             return False
         made = variant.quantization
-        if made is None or self.layers is None:
+        if made is None:
             return True
         calibrated = made.calibration in (None, self.calibration.file)
-        return made.layers == self.layers and calibrated
+        return calibrated and self.layers in (None, made.layers)
 
     @property
     def _build(self) -> dict[str, object] | None:

@@ -257,7 +257,7 @@ def test_an_interrupted_search_goes_on_where_it_was(
     entry = read_artifact(folder).manifest.variants[INT8]
     assert entry.quantization is not None
     assert entry.quantization.layers
-    kept = {layer.name for layer in entry.quantization.kept}
+    kept = {k.name for k in entry.quantization.kept if "'s work" not in k.reason}  # too small
     assert {*again, *measured} == {*entry.quantization.layers, *kept}
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 

@@ -528,27 +528,27 @@ def test_a_call_of_several_largest_batches_gives_each_row_its_own(gan) -> None:
     backend.close()
 
 
-@pytest.mark.parametrize("count", [3, 5, 7, 31, 33])
-def test_the_row_that_fills_a_batch_is_never_seen(count, typed) -> None:
+def test_the_row_that_fills_a_batch_is_never_seen(typed) -> None:
     backend = typed.open()
-    feed = typed.network.feed(count)
-    expected = alone(backend, feed)
-    assert rows_of(backend, feed) == expected
-    feed["sample"] = feed["sample"].copy()
-    feed["sample"][-1] *= 1e4  # and with it the row that fills up
-    assert rows_of(backend, feed) == [*expected[:-1], *alone(backend, feed)[-1:]]
+    expected = alone(backend, typed.network.feed(MOST_ROWS))
+    for count in (3, 5, 7, 31, 33):
+        feed = typed.network.feed(count)
+        assert rows_of(backend, feed) == expected[:count]
+        feed["sample"][-1] *= 1e4  # and with it the row that fills up
+        last = {name: array[-1:] for name, array in feed.items()}
+        assert rows_of(backend, feed) == [*expected[: count - 1], *alone(backend, last)]
     backend.close()
 
 
 def test_which_build_a_picture_gets_does_not_depend_on_the_order_of_traffic(typed) -> None:
-    sizes = [(2, 2), *((height, width) for height in (1, 2, 3) for width in (3, 4)), (2, 2)]
+    sizes = [(2, 2), *((height, width) for height in (1, 2, 3) for width in (3, 4))]
     traffic = [(count, *size) for count, size in zip([3, 1, 2] * 3, sizes, strict=False)]
     found = []
-    for order in (traffic, traffic[::-1], sorted(traffic)):
+    for order in (traffic, traffic[::-1]):
         backend = typed.open()
         found.append({call: rows_of(backend, typed.network.feed(*call)) for call in order})
         backend.close()
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
 
 
 class CountedBackend(OpenVINOBackend):

@@ -39,6 +39,9 @@ class FakeTrials:
     def layers(self) -> Sequence[str]:
         return list(self.saved)
 
+    def work(self) -> dict[str, float]:
+        return {layer: max(saved, 0.1) for layer, saved in self.saved.items()}
+
     def saved_ms(self) -> dict[str, float]:
         self._count("saved_ms")
         return dict(self.saved)
@@ -107,11 +110,11 @@ def run(trials: FakeTrials, folder: Path, seconds: float = HOUR_S) -> Found:
 
 
 def picked(trials: FakeTrials, tried: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
-    """By brute force: the sets that hold, the fastest first; or else the closest one alone."""
+    """By brute force: all sets that hold, the fastest first; or else the closest one alone."""
     faster = [layers for layers in tried if trials.ms_of(layers) < 0.99 * FLOAT_MS]
     holding = [layers for layers in faster if trials.margin_of(layers) >= 0]
     closest = sorted(faster, key=trials.margin_of, reverse=True)[:1]
-    return tuple(sorted(holding, key=trials.ms_of)[:3] or closest or [()])
+    return tuple(sorted(holding, key=trials.ms_of) or closest or [()])
 
 
 def require_each_layer_once(found: Found, trials: FakeTrials) -> None:
@@ -187,13 +190,6 @@ def test_pictures_that_are_exactly_at_the_floor_hold(tmp_path: Path) -> None:
     trials = even(8, lambda layers: 0.0 if len(layers) in (3, 5) else -1e-9)
     found = run(trials, tmp_path)
     assert [len(layers) for layers in (found.layers, *found.alternatives)] == [5, 3]
-
-
-def test_no_more_than_three_sets_that_hold_are_drawn(tmp_path: Path) -> None:
-    trials = even(8, lambda layers: -1.0 if len(layers) == 7 else 1.0)
-    found = run(trials, tmp_path)
-    assert [len(layers) for layers in trials.drawn] == [8, 7, 6, 5]
-    assert [len(layers) for layers in (found.layers, *found.alternatives)] == [8, 6, 5]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -25,7 +25,7 @@ class OpenVINOBackend:
     OpenVINO plans memory and kernels ahead where shapes are static. A small network runs pictures
     of the usual size in static batches of powers of two, into which calls are split. Pictures of
     other sizes, and all of a large network, share one dynamic build. Which of the two a picture
-    gets does not depend on the traffic: in int8 they do not compute the same bytes.
+    gets does not depend on the traffic: in bf16 and int8 their last bits may differ.
     """
 
     def __init__(
