@@ -16,6 +16,7 @@ Runtime = Literal["torch", "onnxruntime", "openvino", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 TypedPrecision = Literal["fp32", "fp16", "bf16"]  # of a graph, as its own types
 Goal = Literal["latency", "throughput", "size"]
+VariantName = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]  # names files and folders
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -284,7 +285,7 @@ class Manifest(Options):
     vitrine_version: str
     source: Source
     model: ModelSpec
-    variants: dict[str, Variant]
-    selected: str
+    variants: dict[VariantName, Variant]
+    selected: VariantName
     selection: Selection | None = Field(None, description="none where the user chose")
     files: dict[ArtifactPath, Sha256]

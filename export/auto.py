@@ -1,5 +1,6 @@
 """`vitrine export --auto`: every candidate built, judged by pictures and timed; the best chosen."""
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -184,6 +185,10 @@ class _Candidates:
 
     def _build_searched(self, candidate: Candidate, found: Found, gate: Gate) -> None:
         """Export what a search found, or another set where the gate refuses it."""
+        if not found.layers:
+            name = self._options.variant(candidate).name
+            self.not_built[name] = "no set of its layers in int8 makes a network call faster here"
+            return
         layers, kept = found.layers, found.kept
         self._export(self._options.variant(candidate, layers, kept))
         verdict = self._judge(candidate, gate)
@@ -207,7 +212,7 @@ class _Candidates:
             graph = artifact.manifest.variants[fp32].networks[model.denoiser]
             self._progress(f"quantizing {model.denoiser} for {candidate.runtime}")
             quantizer = open_quantizer(weights, options, artifact.path, graph)
-        feeds = batches(load_rows(artifact.path / options.calibration.file))[-PROBES:]
+        feeds = batches(load_rows(artifact.path / options.calibration_file))[-PROBES:]
         self.work.mkdir(parents=True, exist_ok=True)
         ledger = Ledger(self.work / f"{candidate.runtime}.jsonl", self._context(artifact, options))
         if ledger.resumed:
@@ -221,13 +226,16 @@ class _Candidates:
     def _context(self, artifact: Artifact, options: VariantOptions) -> Mapping[str, object]:
         """What the measurements of a search hold for."""
         return {
-            "source": artifact.manifest.source.model_dump(mode="json"),
+            "source": artifact.manifest.source.model_dump(mode="json", exclude={"path"}),
+            "calibration": artifact.manifest.files[options.calibration_file],
+            "threads": os.environ.get("OMP_NUM_THREADS", ""),
             "variant": options.model_dump(mode="json"),
             "kept_precision": kept_precision(options),
             "floors": self._options.floors.model_dump(),
             "machine": this_machine().model_dump(),
             "versions": [
-                installed_version(package) for package in (options.runtime, "nncf", "vitrine")
+                installed_version(package)
+                for package in (options.runtime, "nncf", "torch", "vitrine")
             ],
         }
 
@@ -237,7 +245,7 @@ def _with_calibration(
 ) -> Artifact:
     """The artifact with the rows that its ranges are measured on, recorded where they lack."""
     artifact = read_artifact(artifact_path)
-    if options.calibration.file in artifact.manifest.files:
+    if options.calibration_file in artifact.manifest.files:
         return artifact
     with new_artifact(artifact_path) as folder:
         link_files(artifact, folder)

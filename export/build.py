@@ -25,6 +25,7 @@ from export.files import link_files, size_bytes
 from export.finding import Finding
 from export.lint import lint
 from export.quantize import quantize
+from export.report import REPORT
 from export.variant import VariantOptions
 
 
@@ -85,7 +86,8 @@ def export(
             source=source,
             model=checkpoint.model,
             variants=variants,
-            selected=before.manifest.selected if before else options.name,
+            selected=_selected(before, options.name),
+            selection=before.manifest.selection if before else None,
             files=hash_files(folder),
         )
         write_manifest(folder, manifest)
@@ -117,10 +119,30 @@ def _is_from(source: Source, manifest: Manifest) -> bool:
     return same and manifest.vitrine_version == version("vitrine")
 
 
+def _selected(before: Artifact | None, made: str) -> str:
+    """The variant that is selected when one has been made anew.
+
+    What was selected by measurement does not stay so unmeasured: the next best accepted one is.
+    """
+    if before is None:
+        return made
+    manifest = before.manifest
+    if manifest.selected != made or manifest.selection is None:
+        return manifest.selected
+    others = {
+        name: variant.speed.images_per_s
+        for name, variant in manifest.variants.items()
+        if variant.accepted and variant.speed and name != made
+    }
+    return max(others, key=lambda name: others[name]) if others else made
+
+
 def _forget(folder: Path, name: str, variant: Variant | None) -> None:
     """Remove the plans, quantized graphs and evidence of a variant that is made anew."""
     for made in (folder / name, folder / "graphs" / name):
         shutil.rmtree(made, ignore_errors=True)
+    for report in REPORT:  # of what the artifact was
+        (folder / report).unlink(missing_ok=True)
     if variant and variant.quality:
         (folder / variant.quality.worst_picture).unlink(missing_ok=True)
 

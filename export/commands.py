@@ -102,7 +102,7 @@ def export(
 ) -> None:
     """Turn a checkpoint into an artifact that runs without torch: one variant, or the best."""
     from export.build import export as build
-    from export.variant import VariantOptions
+    from export.variant import PlanBuild, VariantOptions
 
     chosen: dict[str, object] = {
         "--runtime": runtime,
@@ -114,15 +114,6 @@ def export(
         "--pictures": pictures, "--search-minutes": search_minutes,
     }  # fmt: skip
     _refuse_mixed(auto, chosen, asked)
-    if auto:
-        values: dict[str, object] = {
-            "goal": goal, "pictures": pictures, "search_minutes": search_minutes,
-            "floors": floor_options(floor_psnr_db, floor_ssim), "height": height, "width": width,
-            "calibration": {"rows": calibration_rows},
-        }  # fmt: skip
-        given = {name: value for name, value in values.items() if value is not None}
-        _export_best(checkpoint, output, given, _loras(lora or ()), as_json)
-        return
     plan = _plan_build(
         profile,
         optimization_level=optimization_level,
@@ -134,6 +125,20 @@ def export(
         version_compatible=version_compatible,
         hardware_compatibility=hardware_compatibility,
     )
+    if auto and plan != PlanBuild():
+        raise OptionError(
+            "--auto builds TensorRT's graphs and no plans; leave the options of plans out, and "
+            "export the TensorRT variant with them: --runtime tensorrt"
+        )
+    if auto:
+        values: dict[str, object] = {
+            "goal": goal, "pictures": pictures, "search_minutes": search_minutes,
+            "floors": floor_options(floor_psnr_db, floor_ssim), "height": height, "width": width,
+            "calibration": {"rows": calibration_rows},
+        }  # fmt: skip
+        given = {name: value for name, value in values.items() if value is not None}
+        _export_best(checkpoint, output, given, _loras(lora or ()), as_json)
+        return
     options = VariantOptions.parse(
         {
             "runtime": runtime or "onnxruntime", "precision": precision or "fp32",
@@ -179,7 +184,8 @@ def export(
 
 def _refuse_mixed(auto: bool, chosen: dict[str, object], asked: dict[str, object]) -> None:
     """Options that --auto decides itself, or that only it has. Raises OptionError."""
-    wrong = [name for name, value in (chosen if auto else asked).items() if value]
+    given = chosen if auto else asked
+    wrong = [name for name, value in given.items() if value is not None and value is not False]
     if wrong and auto:
         raise OptionError(f"--auto tries every runtime and precision; leave {wrong[0]} out")
     if wrong:

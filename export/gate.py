@@ -15,6 +15,7 @@ from engine.pipeline import Pipeline, open_artifact, open_pipeline
 from engine.quality import isr_db, psnr_db, ssim
 from engine.request import Request
 from export.evidence import Comparison, Image, save_evidence
+from export.report import REPORT
 from export.requests import gate_requests
 
 
@@ -210,7 +211,7 @@ def _write_verdict(artifact: Artifact, name: str, quality: Quality | None, reaso
     manifest = read_artifact(artifact.path).manifest
     before = manifest.variants[name]
     after = before.model_copy(update={"quality": quality, "accepted": not reason, "reason": reason})
-    files = dict(manifest.files)
+    files = {n: sha256 for n, sha256 in manifest.files.items() if n not in REPORT}
     old = before.quality.worst_picture if before.quality else None
     if old:
         files.pop(old, None)
@@ -219,6 +220,7 @@ def _write_verdict(artifact: Artifact, name: str, quality: Quality | None, reaso
     variants = {**manifest.variants, name: after}
     update = {"variants": variants, "files": files}
     write_manifest(artifact.path, manifest.model_copy(update=update))
-    if old and old not in files:
-        (artifact.path / old).unlink(missing_ok=True)
+    for path in (*REPORT, *([old] if old else [])):
+        if path not in files:
+            (artifact.path / path).unlink(missing_ok=True)
     return after

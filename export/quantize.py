@@ -76,7 +76,7 @@ def quantize(
     quantizer.write(layers, folder / file)
     quantization = Quantization(
         network=name,
-        calibration=None if options.weights_only else options.calibration.file,
+        calibration=None if options.weights_only else options.calibration_file,
         weights_only=options.weights_only,
         kept_precision=kept_precision(options),
         layers=layers,
@@ -89,7 +89,7 @@ def record_calibration(
     checkpoint: Path, options: VariantOptions, folder: Path, progress: Progress
 ) -> None:
     """Record the rows that are not in the artifact `folder` yet, in torch."""
-    file = folder / options.calibration.file
+    file = folder / options.calibration_file
     if file.exists():
         return
     progress("calibrating: pictures in torch")
@@ -110,7 +110,7 @@ def open_quantizer(
     """
     if options.weights_only:
         return OnnxQuantizer(folder / graph, _recipe(options), None)
-    feeds = batches(load_rows(folder / options.calibration.file))
+    feeds = batches(load_rows(folder / options.calibration_file))
     if options.runtime == "openvino":
         from export.quantize_openvino import OpenVINOQuantizer
 

@@ -14,7 +14,7 @@ from export.figures import Conditions, Report, report_of
 from export.scatter import scatter
 from export.summary import significant, summary
 
-PAGE, FIGURES = "quality/report.html", "quality/report.json"
+REPORT = PAGE, FIGURES = "quality/report.html", "quality/report.json"
 
 
 def write_report(folder: Path, manifest: Manifest, name: str | None = None) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from engine.images import Picture
-from engine.manifest import ModelSpec
+from engine.manifest import Defaults, ModelSpec
 from engine.request import Request
 
 # Each use has seeds of its own: no picture is judged that calibration or the search has seen.
@@ -22,7 +22,9 @@ def gate_requests(
 ) -> list[Request]:
     """Requests over seeds, and with them over labels or prompts, samplers, 4..30 steps, guidance.
 
-    Models that repaint get a picture and a mask made here. `size`: of a build that makes one only.
+    Every fourth is the model's default request; the others go through all pairs of sampler and
+    guidance. Models that repaint get a picture and a mask made here. `size`: of a build that makes
+    one only.
     """
     seeds = range(first_seed, first_seed + count)
     return [Request.of(_gate_request(model, seed, size)) for seed in seeds]
@@ -31,10 +33,12 @@ def gate_requests(
 def _gate_request(model: ModelSpec, seed: int, size: tuple[int, int] | None) -> dict[str, object]:
     values: dict[str, object] = {"seed": seed}
     if model.labels:
-        values["label"] = model.labels[seed % len(model.labels)]
+        values["label"] = model.labels[(seed + seed // len(model.labels)) % len(model.labels)]
     if model.tokenizers:
         values["prompt"] = PROMPTS[seed % len(PROMPTS)]
     height, width = size or (model.image.height, model.image.width)
+    if size:
+        values |= {"height": height, "width": width}
     if model.takes_image == "with mask":
         values["image"] = _gradient(height, width)
         values["mask"] = np.zeros((height, width, 1), np.uint8)
@@ -43,12 +47,19 @@ def _gate_request(model: ModelSpec, seed: int, size: tuple[int, int] | None) -> 
         values |= {"image": _gradient(height, width), "strength": 0.6}
     if model.defaults is None:
         return values
-    guided = (1.0, 2.0, 3.5, 5.0)[seed % 4] if model.guidance != "none" else 1.0
+    default = model.defaults.model_dump(exclude={"strength"})
+    return {**values, **(_varied(model, model.defaults, seed) if seed % 4 else default)}
+
+
+def _varied(model: ModelSpec, defaults: Defaults, seed: int) -> dict[str, object]:
+    """Sampler, guidance and steps of a request that is not the model's default one."""
+    index = seed - seed // 4 - 1  # 0, 1, 2 ... of the seeds that 4 does not divide
+    turn, sampler = divmod(index, len(model.samplers))
+    scales = (1.0, 2.0, 3.5, max(5.0, defaults.guidance_scale))
     return {
-        **values,
-        "num_inference_steps": 4 + 7 * seed % 27,
-        "guidance_scale": guided,
-        "sampler": model.samplers[seed % len(model.samplers)],
+        "num_inference_steps": 4 + 7 * index % 27,
+        "guidance_scale": 1.0 if model.guidance == "none" else scales[(sampler + turn) % 4],
+        "sampler": model.samplers[sampler],
     }
 
 

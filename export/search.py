@@ -57,7 +57,8 @@ def search(
     clock, so that a second search tries the same sets. Pictures are drawn of every set that is
     faster than float, the fastest first: more layers in int8 do not always make the worst picture
     worse, so that no set speaks for another. Where none holds, the one that comes closest
-    is returned, for the gate to refuse. When the time is up, what was not measured stays float.
+    is returned, for the gate to refuse. When the time is up, what was not measured stays float,
+    and pictures are drawn of one set still.
     """
     end = clock() + seconds
     saved = _saved(trials, ledger, progress)
@@ -69,7 +70,7 @@ def search(
     margins: dict[tuple[str, ...], float] = {}
     faster = _faster_sets(trials, order, ledger, progress)
     for layers in faster:
-        if clock() >= end:
+        if margins and clock() >= end:
             break
         margins[layers] = _margin_db(trials, layers, ledger, progress)
     held = [layers for layers, margin in margins.items() if margin >= 0]
@@ -77,9 +78,7 @@ def search(
     chosen, *others = held or closest or [()]
     return Found(
         layers=chosen,
-        kept=tuple(
-            _kept(trials, chosen, saved, errors, useful, gains=bool(faster), drawn=bool(margins))
-        ),
+        kept=tuple(_kept(trials, chosen, saved, errors, useful, gains=bool(faster))),
         alternatives=tuple(others) if held else (),
     )
 
@@ -144,7 +143,6 @@ def _kept(
     errors: Mapping[str, float],
     useful: Sequence[str],
     gains: bool,
-    drawn: bool,
 ) -> list[KeptLayer]:
     total = sum(errors[layer] for layer in chosen)
     kept = []
@@ -161,8 +159,6 @@ def _kept(
             reason = "its error was not measured: the time of the search was up"
         elif not gains:
             reason = "no set of layers made a whole call faster"
-        elif not drawn:
-            reason = "no pictures were drawn: the time of the search was up"
         elif not total:
             reason = "with it the pictures fall below the floor"
         else:

@@ -12,7 +12,7 @@ from engine.console import Progress
 from engine.machine import this_machine
 from engine.manifest import Goal, Manifest, ModelSpec, Selection, Speed, Variant
 from engine.pipeline import Pipeline, open_artifact
-from engine.request import Request
+from engine.request import IMAGE_ONLY, Request
 from export.files import link_files
 from export.report import write_report
 from export.requests import gate_requests
@@ -61,6 +61,8 @@ def measure(
 def _timed_request(model: ModelSpec, request: Request) -> Request:
     """The model's default sampler and guidance, and one number of steps for all."""
     values = request.model_dump(exclude_none=True)
+    if model.takes_image == "optional":  # every request is to take all steps
+        values = {name: value for name, value in values.items() if name not in IMAGE_ONLY}
     if model.defaults is not None:
         steps = min(model.defaults.num_inference_steps, MOST_STEPS)
         values |= {"num_inference_steps": steps, "guidance_scale": model.defaults.guidance_scale}

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ class DenoiserTrials:
     def work(self) -> dict[str, float]:
         """Multiply-accumulates of each layer in one call."""
         macs = layer_macs(self._graph, self._feeds[0])
-        return {layer: macs[layer] for layer in self.layers}
+        return {layer: macs.get(layer, 0.0) for layer in self.layers}
 
     def saved_ms(self) -> dict[str, float]:
         """What int8 saves of each layer's own time in one call."""
@@ -89,9 +90,10 @@ class DenoiserTrials:
             comparison = self._gate.compare(open_artifact(trial, "trial"))
         except QualityError:
             return BROKEN_DB
+        margin_db = min(comparison.psnrs_db) - self._floors.psnr_db - MARGIN_DB
         if float(np.mean(comparison.ssims)) < self._floors.ssim:
-            return -MARGIN_DB
-        return min(comparison.psnrs_db) - self._floors.psnr_db - MARGIN_DB
+            return min(margin_db, -MARGIN_DB)
+        return margin_db
 
     def call_ms(self, candidates: Sequence[Sequence[str]]) -> list[float]:
         """The median time of a call of each, in turns."""
@@ -115,11 +117,9 @@ class DenoiserTrials:
     def _outputs(
         self, layers: Sequence[str], precision: TypedPrecision
     ) -> list[NDArray[np.float32]]:
-        backend = self._open(layers, precision)
-        (name,) = (tensor.name for tensor in backend.outputs)
-        outputs = [backend.run(feed)[name].astype(np.float32) for feed in self._feeds]
-        backend.close()
-        return outputs
+        with closing(self._open(layers, precision)) as backend:
+            (name,) = (tensor.name for tensor in backend.outputs)
+            return [backend.run(feed)[name].astype(np.float32) for feed in self._feeds]
 
     def _open(self, layers: Sequence[str], precision: TypedPrecision) -> Backend:
         model = self._artifact.manifest.model
@@ -141,7 +141,8 @@ class DenoiserTrials:
         path = self._folder / f"trial-{self._written}{self._quantizer.suffix}"
         self._quantizer.write(layers, path)
         for old in self._folder.glob("trial-*"):
-            if int(old.stem.removeprefix("trial-")) < self._written - MOST_OPEN:
+            number = int(old.name.removeprefix("trial-").split(".")[0])  # weights lie beside some
+            if number < self._written - MOST_OPEN:
                 old.unlink()
         return path
 

@@ -162,6 +162,11 @@ class VariantOptions(Options):
         return f"{self._sized(folder) if has_size else folder}/{network}.onnx"
 
     @property
+    def calibration_file(self) -> str:
+        """Where an artifact keeps the rows: those of one picture size are not those of another."""
+        return f"{self._sized(self.calibration.file.removesuffix('.npz'))}.npz"
+
+    @property
     def quantized_folder(self) -> str:
         return f"graphs/{self.name}"
 
@@ -197,7 +202,7 @@ class VariantOptions(Options):
         made = variant.quantization
         if made is None:
             return True
-        calibrated = made.calibration in (None, self.calibration.file)
+        calibrated = made.calibration in (None, self.calibration_file)
         return calibrated and self.layers in (None, made.layers)
 
     @property

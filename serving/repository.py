@@ -123,7 +123,11 @@ def _write_model(artifact: Artifact, folder: Path) -> None:
 
 def _servable(manifest: Manifest) -> Manifest:
     """The selected variant alone, with the files that run it, and no path of this machine."""
-    chosen = manifest.variants[manifest.selected]
+    selected = manifest.variants[manifest.selected]
+    chosen = selected.model_copy(update={"graphs": {}})  # what plans were built from
+    if chosen.quantization:
+        quantization = chosen.quantization.model_copy(update={"calibration": None})
+        chosen = chosen.model_copy(update={"quantization": quantization})
     stems = {PurePosixPath(file).with_suffix("") for file in chosen.networks.values()}
     needed = {*manifest.model.tokenizers.values()}
     if chosen.quality:

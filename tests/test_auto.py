@@ -10,17 +10,19 @@ import pytest
 from damage import contents, read_manifest
 from in_process import run
 
-from engine.artifact import read_artifact
+from engine.artifact import read_artifact, write_manifest
 from engine.errors import QualityError, RuntimeUnavailableError
 from engine.manifest import Floors, Manifest
 from engine.pipeline import open_pipeline
 from engine.request import Request
 from export.auto import auto
+from export.build import export
 from export.calibrate import CalibrationOptions
 from export.candidates import CANDIDATES, SMALL, AutoOptions, Candidate
 from export.ledger import Ledger
 from export.select import Timing, choose, no_gain, select
 from export.trials import DenoiserTrials
+from export.variant import VariantOptions
 
 FP32, INT8 = "onnxruntime-fp32", "onnxruntime-int8"
 OPTIONS = AutoOptions(pictures=4, search_minutes=0.1, calibration=CalibrationOptions(rows=32))
@@ -40,7 +42,11 @@ def quick() -> Iterator[None]:
         patch.setattr("export.auto.PROBES", 1)
         patch.setattr("export.select.ROUNDS", 3)
         patch.setattr("export.select.LEAST_SECONDS", 0.01)
-        patch.setattr("export.trials.ROUNDS", 3)
+        # on a network this small clocks measure chance: let every layer and every set gain
+        patch.setattr(DenoiserTrials, "saved_ms", lambda self: dict.fromkeys(self.layers, 1.0))
+        patch.setattr(
+            DenoiserTrials, "call_ms", lambda self, sets: [10.0 / (1 + len(s)) for s in sets]
+        )
         yield
 
 
@@ -218,11 +224,6 @@ def test_an_interrupted_search_goes_on_where_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder, work = tmp_path / "tiny", tmp_path / ".tiny.search"
-    # on a network this small clocks measure chance: let every layer and every set gain
-    monkeypatch.setattr(DenoiserTrials, "saved_ms", lambda self: dict.fromkeys(self.layers, 1.0))
-    monkeypatch.setattr(
-        DenoiserTrials, "call_ms", lambda self, sets: [10.0 / (1 + len(s)) for s in sets]
-    )
     measured: list[str] = []
     measure = DenoiserTrials.error
 
@@ -512,3 +513,40 @@ def test_the_command_select_keeps_fp32_where_nothing_reaches_the_floor(
     manifest = read_artifact(folder).manifest
     assert manifest.variants[manifest.selected].precision == "fp32"
     assert manifest.variants[manifest.selected].accepted is False
+
+
+def test_where_no_set_of_layers_gains_int8_is_not_built_and_the_reason_is_listed(
+    gan_checkpoint: Path,
+    tmp_path: Path,
+    only_onnxruntime: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(DenoiserTrials, "call_ms", lambda self, sets: [10.0 for _ in sets])
+    manifest = auto(gan_checkpoint, tmp_path / "tiny", OPTIONS, (), lambda _: None).manifest
+    assert set(manifest.variants) == {FP32}
+    assert manifest.selection is not None
+    assert manifest.selection.not_built == {
+        INT8: "no set of its layers in int8 makes a network call faster here"
+    }
+
+
+def test_a_selected_variant_that_is_made_anew_is_not_selected_unmeasured(
+    made: Path, diffusion_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(made, tmp_path / "tiny"))
+    manifest = read_artifact(folder).manifest
+    selected = manifest.selected
+    runtime, precision = selected.split("-")
+    options = VariantOptions.parse(
+        {"runtime": runtime, "precision": precision, "layers": ("conv_out",)}
+        if precision == "int8"
+        else {"runtime": runtime, "precision": precision}
+    )
+    entry = manifest.variants[selected].model_copy(update={"build": {"changed": True}})
+    variants = {**manifest.variants, selected: entry}
+    write_manifest(folder, manifest.model_copy(update={"variants": variants}))
+    after = export(diffusion_checkpoint, folder, options).artifact.manifest
+    assert after.variants[selected].accepted is None
+    assert after.selected != selected
+    assert after.variants[after.selected].accepted
+    assert not (folder / "quality" / "report.html").exists()  # of what it was before

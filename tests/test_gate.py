@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from engine.artifact import read_artifact
+from engine.artifact import hash_files, read_artifact, write_manifest
 from engine.checkpoint import read_checkpoint
 from engine.errors import ArtifactError, OptionError, QualityError
 from engine.images import to_pillow
@@ -25,6 +25,7 @@ from export.calibrate import CalibrationOptions
 from export.gate import check
 from export.requests import gate_requests
 from export.variant import VariantOptions
+from serving.repository import write_repository
 
 FP32, INT8 = "onnxruntime-fp32", "onnxruntime-int8"
 UNET, GENERATOR = "graphs/fp32/unet.onnx", "graphs/fp32/generator.onnx"
@@ -301,3 +302,29 @@ def test_another_checkpoint_is_not_taken_for_the_source(artifact: Path, checkpoi
 def test_a_variant_that_is_not_there_is_refused(artifact: Path) -> None:
     with pytest.raises(OptionError, match=f"variant must be one of {FP32}, got 'fp8'"):
         check(artifact, pictures=1, variant="fp8")
+
+
+# What a server gets
+
+
+def test_a_tensorrt_variant_is_served_without_the_graphs_that_its_plans_came_from(
+    gan_checkpoint: Path, gan_copy: Path, tmp_path: Path
+) -> None:
+    name = export(gan_checkpoint, gan_copy, VariantOptions(runtime="tensorrt")).variant
+    plan = gan_copy / name / "generator.plan"
+    plan.parent.mkdir()
+    plan.write_bytes(b"a plan")
+    manifest = read_artifact(gan_copy).manifest
+    entry = manifest.variants[name].model_copy(
+        update={"networks": {"generator": f"{name}/generator.plan"}}
+    )
+    update = {
+        "variants": {**manifest.variants, name: entry},
+        "selected": name,
+        "files": hash_files(gan_copy),
+    }
+    write_manifest(gan_copy, manifest.model_copy(update=update))
+    repository = write_repository([gan_copy], tmp_path / "repository")
+    served = read_artifact(repository / gan_copy.name / "1" / "artifact").manifest
+    assert set(served.files) == {f"{name}/generator.plan"}
+    assert served.variants[name].graphs == {}

@@ -283,7 +283,9 @@ def test_a_search_whose_time_is_up_returns_and_keeps_what_it_did_not_measure(
         trials = network(seed)
         found = run(trials, tmp_path / f"{seconds}", seconds)
         late = set(trials.measured[seconds:]) - {"saved_ms"}
-        assert late <= {"call_ms"}  # one more, of what there is
+        drawn = {name for name in late if name.startswith("margin_db")}
+        assert len(drawn) <= 1  # so that something is there to be chosen
+        assert late - drawn <= {"call_ms"}
         without = [name for name in useful if f"error of {name}" not in trials.measured]
         assert [n for n, reason in reasons(found).items() if reason == NO_TIME] == without
         assert (found.layers, *found.alternatives) == picked(trials, trials.drawn)
