@@ -9,7 +9,7 @@ from engine.artifact import Artifact, hash_files, new_artifact, read_artifact, w
 from engine.console import Progress
 from engine.errors import ArtifactError, QualityError, RuntimeUnavailableError
 from engine.machine import this_machine
-from engine.manifest import Floors, Goal, KeptLayer, Variant
+from engine.manifest import Floors, Goal, Variant
 from engine.networks.lora import fused
 from export.build import export
 from export.calibrate import batches, load_rows
@@ -24,7 +24,7 @@ from export.select import select
 from export.trials import DenoiserTrials
 from export.variant import VariantOptions, installed_version
 
-SEARCH_PICTURES = 32
+TRIALS = 2  # trial pictures for each that the gate draws
 PROBES = 6  # calls that a layer's error is measured on
 
 
@@ -138,28 +138,35 @@ class _Candidates:
             reasons = "; ".join(dict.fromkeys(self.not_built.values()))
             raise RuntimeUnavailableError(f"no candidate can be built here: {reasons}")
         for candidate in plain:
-            self._export(self._options.variant(candidate))
+            self._build(candidate)
+        if not self.built:
+            raise ArtifactError("; ".join(dict.fromkeys(self.not_built.values())))
         gate = self._open_gate("reference", self._options.pictures, 0)
-        for candidate in plain:
-            self._judge(candidate, gate)
+        for name in self.built:
+            _judge(self._path, name, gate, self._options.floors, self._progress)
         quantized = [each for each in possible if each.is_quantized]
         searched = [each for each in quantized if each.is_searched]
-        trial = self._open_gate("trial", SEARCH_PICTURES, SEARCH_SEED) if searched else gate
+        count = TRIALS * self._options.pictures
+        trial = self._open_gate("trial", count, SEARCH_SEED) if searched else gate
         seconds = 60 * self._options.search_minutes / max(len(searched), 1)
         for candidate in quantized:
-            try:
-                self._build_quantized(candidate, gate, trial, seconds)
-            except ArtifactError as error:  # a graph that a quantizer cannot take
-                self.not_built[self._options.variant(candidate).name] = str(error)
+            if name := self._build(candidate, trial, seconds):
+                _judge(self._path, name, gate, self._options.floors, self._progress)
 
-    def _build_quantized(
-        self, candidate: Candidate, gate: Gate, trial: Gate, seconds: float
-    ) -> None:
-        if candidate.is_searched:
-            self._build_searched(candidate, self._search(candidate, trial, seconds), gate)
-        else:
-            self._export(self._options.variant(candidate))
-            self._judge(candidate, gate)
+    def _build(self, candidate: Candidate, trial: Gate | None = None, seconds: float = 0) -> str:
+        """Export a candidate; one whose graph a runtime or quantizer cannot take is listed."""
+        options = self._options.variant(candidate)
+        try:
+            if trial and candidate.is_searched:
+                found = self._search(candidate, trial, seconds)
+                options = self._options.variant(candidate, found.layers, found.kept)
+            self._progress(f"exporting {options.name}")
+            export(self._checkpoint, self._path, options, self._loras, self._progress)
+        except ArtifactError as error:
+            self.not_built[options.name] = str(error)
+            return ""
+        self.built.append(options.name)
+        return options.name
 
     def _is_possible(self, candidate: Candidate) -> bool:
         try:
@@ -174,38 +181,15 @@ class _Candidates:
         artifact = read_artifact(self._path)
         return open_gate(artifact, self._checkpoint, pictures, self._size, first_seed)
 
-    def _export(self, options: VariantOptions) -> None:
-        self._progress(f"exporting {options.name}")
-        export(self._checkpoint, self._path, options, self._loras, self._progress)
-
-    def _judge(self, candidate: Candidate, gate: Gate) -> Variant:
-        name = self._options.variant(candidate).name
-        self.built = [*(other for other in self.built if other != name), name]
-        return _judge(self._path, name, gate, self._options.floors, self._progress)
-
-    def _build_searched(self, candidate: Candidate, found: Found, gate: Gate) -> None:
-        """Export what a search found, or another set where the gate refuses it."""
-        if not found.layers:
-            name = self._options.variant(candidate).name
-            self.not_built[name] = "no set of its layers in int8 makes a network call faster here"
-            return
-        layers, kept = found.layers, found.kept
-        self._export(self._options.variant(candidate, layers, kept))
-        verdict = self._judge(candidate, gate)
-        for other in found.alternatives:
-            if verdict.accepted:
-                return
-            reason = "with it the pictures of the gate fall below the floor"
-            dropped = [KeptLayer(name=name, reason=reason) for name in layers if name not in other]
-            kept = tuple(layer for layer in (*kept, *dropped) if layer.name not in other)
-            layers = other
-            self._export(self._options.variant(candidate, layers, kept))
-            verdict = self._judge(candidate, gate)
-
     def _search(self, candidate: Candidate, gate: Gate, seconds: float) -> Found:
-        """The layers to quantize; what was measured is in a ledger beside the artifact."""
+        """The layers to quantize; what was measured is in a ledger beside the artifact.
+
+        Raises ArtifactError where there are none, or where the network is not there in fp32.
+        """
         options = self._options.variant(candidate)
         fp32 = self._options.variant(Candidate(candidate.runtime, "fp32")).name
+        if fp32 not in self.built:
+            raise ArtifactError(f"{fp32}, which it is quantized from, could not be built")
         with fused(self._checkpoint, read_artifact(self._path).manifest.source.loras) as weights:
             artifact = _with_calibration(self._path, weights, options, self._progress)
             model = artifact.manifest.model
@@ -221,7 +205,10 @@ class _Candidates:
             quantizer, candidate.runtime, kept_precision(options), artifact, fp32, feeds, gate,
             self._options.floors, self.work / candidate.runtime, artifact.path / graph,
         )  # fmt: skip
-        return search(trials, ledger, seconds, self._progress)
+        found = search(trials, ledger, seconds, self._progress)
+        if not found.layers:
+            raise ArtifactError("no set of its layers in int8 makes a network call faster here")
+        return found
 
     def _context(self, artifact: Artifact, options: VariantOptions) -> Mapping[str, object]:
         """What the measurements of a search hold for."""

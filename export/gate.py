@@ -35,13 +35,14 @@ def check(
     name = variant or artifact.manifest.selected
     runnable, simulated = runnable_variant(artifact, name)
     gate = open_gate(artifact, checkpoint_path, pictures, runnable.variant(name).size)
-    after = judge(artifact, name, gate, floors or Floors(), runnable, simulated)
+    slow = _refused_by_clock(artifact.manifest.variants[name])
+    after = judge(artifact, name, gate, floors or Floors(), runnable, simulated, slow)
     if after.quality is None:
         raise QualityError(f"{name}: {after.reason}")
-    if after.reason:
+    if reason := shortfall(after.quality):
         evidence = artifact.path / after.quality.worst_picture
         raise QualityError(
-            f"{after.reason} ({name}, worst seed {after.quality.worst_seed}); see {evidence}"
+            f"{reason} ({name}, worst seed {after.quality.worst_seed}); see {evidence}"
         )
     return after.quality
 
@@ -121,20 +122,30 @@ def judge(
     floors: Floors,
     runnable: Artifact,
     simulated: bool = False,
+    slow: str = "",
 ) -> Variant:
-    """Compare a variant, and write the verdict, the figures and the evidence into the manifest."""
+    """Compare a variant, and write the verdict, the figures and the evidence into the manifest.
+
+    `slow`: why it is refused even where its pictures hold.
+    """
     try:
         comparison = gate.compare(open_artifact(runnable, name), simulated)
     except QualityError as error:
         return refuse(artifact, name, str(error))
     evidence = save_evidence(artifact.path, name, comparison)
     quality = summarize(comparison, floors, evidence, simulated)
-    return _write_verdict(artifact, name, quality, shortfall(quality))
+    return _write_verdict(artifact, name, quality, shortfall(quality) or slow)
 
 
 def refuse(artifact: Artifact, name: str, reason: str) -> Variant:
     """Write into the manifest that a variant makes no pictures to judge, and why."""
     return _write_verdict(artifact, name, None, reason)
+
+
+def _refused_by_clock(variant: Variant) -> str:
+    """Why a variant was refused whose pictures held: no picture overrules that."""
+    held = variant.quality is not None and not shortfall(variant.quality)
+    return variant.reason if held and variant.speed else ""
 
 
 def summarize(

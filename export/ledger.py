@@ -3,8 +3,9 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
-Value = float | list[float] | dict[str, float] | str
+Value = TypeVar("Value", float, list[float], dict[str, float])
 
 
 class Ledger:
@@ -13,7 +14,7 @@ class Ledger:
     def __init__(self, path: Path, context: Mapping[str, object]) -> None:
         """Open a ledger; one of another context, or one that is damaged, is begun anew."""
         self._path = path
-        self._values: dict[str, Value] = {}
+        self._values: dict[str, object] = {}
         first = json.dumps({"context": context}, sort_keys=True)
         try:
             text = path.read_text("utf-8")
@@ -29,11 +30,13 @@ class Ledger:
             self._values = {}
         self.resumed = len(self._values)
 
-    def recall(self, name: str, measure: Callable[[], Value]) -> Value:
+    def recall(self, name: str, measure: Callable[[], Value], kind: type[Value]) -> Value:
         """What was measured under this name, here or before the search was stopped."""
-        if name not in self._values:
-            value = measure()
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"name": name, "value": value}) + "\n")
-            self._values[name] = value
-        return self._values[name]
+        value = self._values.get(name)
+        if isinstance(value, kind):
+            return value
+        measured = measure()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"name": name, "value": measured}) + "\n")
+        self._values[name] = measured
+        return measured

@@ -3,7 +3,7 @@
 import numpy as np
 
 from engine.images import Picture
-from engine.manifest import Defaults, ModelSpec
+from engine.manifest import ModelSpec
 from engine.request import Request
 
 # Each use has seeds of its own: no picture is judged that calibration or the search has seen.
@@ -20,17 +20,32 @@ PROMPTS = (
 def gate_requests(
     model: ModelSpec, count: int, size: tuple[int, int] | None = None, first_seed: int = 0
 ) -> list[Request]:
-    """Requests over seeds, and with them over labels or prompts, samplers, 4..30 steps, guidance.
+    """Requests over seeds, and with them over labels or prompts, samplers and 4..30 steps.
 
-    Every fourth is the model's default request; the others go through all pairs of sampler and
-    guidance. Models that repaint get a picture and a mask made here. `size`: of a build that makes
-    one only.
+    Every fourth is the model's default request, and all have its guidance scale: more of it
+    multiplies whatever a variant is off by. Models that repaint get a picture and a mask made
+    here. `size`: of a build that makes one only.
     """
     seeds = range(first_seed, first_seed + count)
-    return [Request.of(_gate_request(model, seed, size)) for seed in seeds]
+    return [Request.of(_request(model, seed, size)) for seed in seeds]
 
 
-def _gate_request(model: ModelSpec, seed: int, size: tuple[int, int] | None) -> dict[str, object]:
+def calibration_requests(
+    model: ModelSpec, count: int, size: tuple[int, int] | None, first_seed: int
+) -> list[Request]:
+    """As `gate_requests`, over guidance scales from none to the most that users ask for."""
+    requests = gate_requests(model, count, size, first_seed)
+    if model.defaults is None or model.guidance == "none":
+        return requests
+    default = model.defaults.guidance_scale
+    scales = (default, 1.0, 3.5, max(5.0, default))
+    return [
+        request.model_copy(update={"guidance_scale": scales[request.seed // 9 % 4]})
+        for request in requests
+    ]
+
+
+def _request(model: ModelSpec, seed: int, size: tuple[int, int] | None) -> dict[str, object]:
     values: dict[str, object] = {"seed": seed}
     if model.labels:
         values["label"] = model.labels[(seed + seed // len(model.labels)) % len(model.labels)]
@@ -47,20 +62,12 @@ def _gate_request(model: ModelSpec, seed: int, size: tuple[int, int] | None) -> 
         values |= {"image": _gradient(height, width), "strength": 0.6}
     if model.defaults is None:
         return values
-    default = model.defaults.model_dump(exclude={"strength"})
-    return {**values, **(_varied(model, model.defaults, seed) if seed % 4 else default)}
-
-
-def _varied(model: ModelSpec, defaults: Defaults, seed: int) -> dict[str, object]:
-    """Sampler, guidance and steps of a request that is not the model's default one."""
-    index = seed - seed // 4 - 1  # 0, 1, 2 ... of the seeds that 4 does not divide
-    turn, sampler = divmod(index, len(model.samplers))
-    scales = (1.0, 2.0, 3.5, max(5.0, defaults.guidance_scale))
-    return {
-        "num_inference_steps": 4 + 7 * index % 27,
-        "guidance_scale": 1.0 if model.guidance == "none" else scales[(sampler + turn) % 4],
-        "sampler": model.samplers[sampler],
-    }
+    values |= model.defaults.model_dump(exclude={"strength"})
+    if seed % 4:
+        index = seed - seed // 4 - 1  # 0, 1, 2 ... of the seeds that 4 does not divide
+        values["num_inference_steps"] = 4 + 7 * index % 27
+        values["sampler"] = model.samplers[index % len(model.samplers)]
+    return values
 
 
 def _gradient(height: int, width: int) -> Picture:

@@ -37,11 +37,10 @@ class Trials(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """The chosen layers in the order of the graph, why others are kept, and what comes next."""
+    """The chosen layers in the order of the graph, and why the others are kept."""
 
     layers: tuple[str, ...]
     kept: tuple[KeptLayer, ...]
-    alternatives: tuple[tuple[str, ...], ...]  # slower sets, should the gate refuse the first
 
 
 def search(
@@ -54,11 +53,11 @@ def search(
     """The fastest set of layers whose trial pictures hold.
 
     Sets take the layers with most work for their error first: work, which does not depend on the
-    clock, so that a second search tries the same sets. Pictures are drawn of every set that is
-    faster than float, the fastest first: more layers in int8 do not always make the worst picture
-    worse, so that no set speaks for another. Where none holds, the one that comes closest
-    is returned, for the gate to refuse. When the time is up, what was not measured stays float,
-    and pictures are drawn of one set still.
+    clock, so that a second search tries the same sets. Pictures are drawn of those that are
+    faster than float, the fastest first, until one holds: more layers in int8 do not always make
+    the worst picture worse, so that no set speaks for another. Where none holds, the one that
+    comes closest is returned, for the gate to refuse. When the time is up, what was not measured
+    stays float, and pictures are drawn of one set still.
     """
     end = clock() + seconds
     saved = _saved(trials, ledger, progress)
@@ -73,21 +72,16 @@ def search(
         if margins and clock() >= end:
             break
         margins[layers] = _margin_db(trials, layers, ledger, progress)
-    held = [layers for layers, margin in margins.items() if margin >= 0]
-    closest = sorted(margins, key=lambda layers: -margins[layers])
-    chosen, *others = held or closest or [()]
-    return Found(
-        layers=chosen,
-        kept=tuple(_kept(trials, chosen, saved, errors, useful, gains=bool(faster))),
-        alternatives=tuple(others) if held else (),
-    )
+        if margins[layers] >= 0:
+            break
+    chosen = max(margins, key=lambda layers: margins[layers], default=())
+    kept = _kept(trials, chosen, saved, errors, useful, gains=bool(faster))
+    return Found(layers=chosen, kept=tuple(kept))
 
 
 def _saved(trials: Trials, ledger: Ledger, progress: Callable[[str], None]) -> dict[str, float]:
     progress("timing every layer in float and in int8")
-    saved = ledger.recall("saved_ms", trials.saved_ms)
-    assert isinstance(saved, dict)
-    return saved
+    return ledger.recall("saved_ms", trials.saved_ms, dict)
 
 
 def _errors(
@@ -103,9 +97,8 @@ def _errors(
         if is_over():
             break
         progress(f"sensitivity of layer {number} of {len(layers)}: {layer}")
-        value = ledger.recall(f"error of {layer}", partial(trials.error, [layer]))
-        assert isinstance(value, float)
-        errors[layer] = value
+        measure = partial(trials.error, [layer])
+        errors[layer] = ledger.recall(f"error of {layer}", measure, float)
     return errors
 
 
@@ -120,9 +113,7 @@ def _faster_sets(
     sets = [_in_graph_order(trials, order[:count]) for count in counts]
     progress(f"timing {len(sets)} sets of layers")
     name = "call_ms of " + " | ".join(" ".join(layers) for layers in sets)
-    times = ledger.recall(name, lambda: trials.call_ms([(), *sets]))
-    assert isinstance(times, list)
-    float_ms, *set_ms = times
+    float_ms, *set_ms = ledger.recall(name, lambda: trials.call_ms([(), *sets]), list)
     gaining = [pair for pair in zip(set_ms, sets, strict=True) if pair[0] < FASTER * float_ms]
     return [layers for _, layers in sorted(gaining)]
 
@@ -131,9 +122,8 @@ def _margin_db(
     trials: Trials, layers: Sequence[str], ledger: Ledger, progress: Callable[[str], None]
 ) -> float:
     progress(f"drawing the trial pictures with {len(layers)} layers in int8")
-    value = ledger.recall("margin_db of " + " ".join(layers), lambda: trials.margin_db(layers))
-    assert isinstance(value, float)
-    return value
+    name = "margin_db of " + " ".join(layers)
+    return ledger.recall(name, lambda: trials.margin_db(layers), float)
 
 
 def _kept(

@@ -136,25 +136,26 @@ def no_gain(
     rivals = [other for other in replaced(name, variants) if variants[other].accepted]
     own = variants[name]
     if goal == "size":
-        sizes = [(variants[other].size_bytes or 0, other) for other in rivals]
-        if not sizes or (own.size_bytes or 0) < min(sizes)[0]:
+        sizes = [(size, other) for other in rivals if (size := variants[other].size_bytes)]
+        if not sizes or not own.size_bytes or own.size_bytes < min(sizes)[0]:
             return ""
         size, other = min(sizes)
         mib = 2**20
         return (
             f"not smaller than {other}, which it would replace: "
-            f"{(own.size_bytes or 0) / mib:.2f} MiB against {size / mib:.2f}"
+            f"{own.size_bytes / mib:.2f} MiB against {size / mib:.2f}"
         )
     timed = [other for other in rivals if other in timings]
     if name not in timings or not timed:
         return ""
     best = min(timed, key=lambda other: _figure(timings[other], goal))
     own_s, best_s = _figure(timings[name], goal), _figure(timings[best], goal)
-    if own_s < best_s:
+    if own_s < best_s and not is_tie(timings[best], timings[name], goal):
         return ""
+    beyond = " beyond the noise" if own_s < best_s else ""
     count, what = (1, "alone") if goal == "latency" else (BATCH, f"in a batch of {BATCH}")
     return (
-        f"not faster than {best}, which it would replace: "
+        f"not faster than {best}{beyond}, which it would replace: "
         f"{1000 * own_s / count:.1f} ms a picture {what} against {1000 * best_s / count:.1f} ms"
     )
 
@@ -169,7 +170,8 @@ def choose(
     """
     accepted = [name for name, variant in variants.items() if variant.accepted]
     if goal == "size":
-        runnable = {name: variants[name].size_bytes or 0 for name in accepted if name in timings}
+        sizes = {name: variants[name].size_bytes for name in accepted if name in timings}
+        runnable = {name: size for name, size in sizes.items() if size}
         if not runnable:
             return None, ()
         least = min(runnable.values())
@@ -223,12 +225,17 @@ def select(
     for name, timing in timings.items():
         figures = speed(timing, artifact.manifest.model)
         variants[name] = variants[name].model_copy(update={"speed": figures})
+    for name, reason in not_built.items():  # of this time; it may be there from before
+        if before := artifact.manifest.variants.get(name):
+            refused = {"accepted": False, "reason": reason, "speed": None}
+            variants[name] = before.model_copy(update=refused)
     for name in [name for name, variant in variants.items() if variant.accepted]:
         if reason := no_gain(name, variants, timings, goal):
             refused = {"accepted": False, "reason": reason}
             variants[name] = variants[name].model_copy(update=refused)
     chosen, within_noise = choose(variants, timings, goal)
-    selection = Selection(goal=goal, within_noise=within_noise, not_built=dict(not_built))
+    missing = {name: reason for name, reason in not_built.items() if name not in variants}
+    selection = Selection(goal=goal, within_noise=within_noise, not_built=missing)
     kept = next((n for n, v in variants.items() if v.precision == "fp32"), next(iter(variants)))
     update = {
         "variants": {**artifact.manifest.variants, **variants},

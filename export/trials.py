@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -97,16 +97,18 @@ class DenoiserTrials:
 
     def call_ms(self, candidates: Sequence[Sequence[str]]) -> list[float]:
         """The median time of a call of each, in turns."""
-        backends = [self._open(layers, self._kept_precision) for layers in candidates]
-        times: list[list[float]] = [[] for _ in backends]
-        for number in range(1 + ROUNDS):
-            for backend, taken in zip(backends, times, strict=True):
-                started = time.perf_counter()
-                backend.run(self._feeds[0])
-                if number:  # the first call compiles
-                    taken.append(1000 * (time.perf_counter() - started))
-        for backend in backends:
-            backend.close()
+        times: list[list[float]] = [[] for _ in candidates]
+        with ExitStack() as stack:
+            backends = [
+                stack.enter_context(closing(self._open(layers, self._kept_precision)))
+                for layers in candidates
+            ]
+            for number in range(1 + ROUNDS):
+                for backend, taken in zip(backends, times, strict=True):
+                    started = time.perf_counter()
+                    backend.run(self._feeds[0])
+                    if number:  # the first call compiles
+                        taken.append(1000 * (time.perf_counter() - started))
         return [float(np.median(taken)) for taken in times]
 
     def _times_ms(self, layers: Sequence[str]) -> dict[str, float]:

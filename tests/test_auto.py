@@ -11,14 +11,15 @@ from damage import contents, read_manifest
 from in_process import run
 
 from engine.artifact import read_artifact, write_manifest
-from engine.errors import QualityError, RuntimeUnavailableError
+from engine.errors import ArtifactError, QualityError, RuntimeUnavailableError
 from engine.manifest import Floors, Manifest
 from engine.pipeline import open_pipeline
 from engine.request import Request
-from export.auto import auto
+from export.auto import auto, select_anew
 from export.build import export
 from export.calibrate import CalibrationOptions
 from export.candidates import CANDIDATES, SMALL, AutoOptions, Candidate
+from export.gate import check
 from export.ledger import Ledger
 from export.select import Timing, choose, no_gain, select
 from export.trials import DenoiserTrials
@@ -38,7 +39,6 @@ KEYS = {
 def quick() -> Iterator[None]:
     """Fewer pictures and shorter readings: these cost time and decide nothing here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.auto.SEARCH_PICTURES", 4)
         patch.setattr("export.auto.PROBES", 1)
         patch.setattr("export.select.ROUNDS", 3)
         patch.setattr("export.select.LEAST_SECONDS", 0.01)
@@ -286,8 +286,8 @@ def test_a_ledger_that_was_cut_off_or_is_of_another_search_is_begun_anew(
 ) -> None:
     path = tmp_path / "search" / "ledger.jsonl"
     first = Ledger(path, {"floor": 35})
-    assert first.recall("error of a", lambda: 0.5) == 0.5
-    assert Ledger(path, {"floor": 35}).recall("error of a", lambda: 0.7) == 0.5
+    assert first.recall("error of a", lambda: 0.5, float) == 0.5
+    assert Ledger(path, {"floor": 35}).recall("error of a", lambda: 0.7, float) == 0.5
     assert Ledger(path, {"floor": 35}).resumed == 1
     if end:
         path.write_text(path.read_text("utf-8") + end, "utf-8")
@@ -528,6 +528,67 @@ def test_where_no_set_of_layers_gains_int8_is_not_built_and_the_reason_is_listed
     assert manifest.selection.not_built == {
         INT8: "no set of its layers in int8 makes a network call faster here"
     }
+
+
+def test_a_candidate_that_cannot_be_exported_is_listed_once_and_the_others_go_on(
+    gan_checkpoint: Path,
+    tmp_path: Path,
+    only_onnxruntime: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "tiny"
+    first = auto(gan_checkpoint, folder, OPTIONS, (), lambda _: None).manifest
+    assert set(first.variants) == {FP32, INT8}
+
+    def fail(*_: object) -> None:
+        raise ArtifactError("its graph has an operator that nobody knows")
+
+    monkeypatch.setattr("export.auto.open_quantizer", fail)
+    manifest = auto(gan_checkpoint, folder, OPTIONS, (), lambda _: None).manifest
+    assert manifest.selected == FP32
+    assert manifest.selection is not None
+    assert manifest.selection.not_built == {}  # the one from before is there, refused
+    entry = manifest.variants[INT8]
+    assert (entry.accepted, entry.speed) == (False, None)
+    assert entry.reason == "its graph has an operator that nobody knows"
+    listed = [each["variant"] for each in figures(folder)["candidates"]]
+    assert sorted(listed) == [FP32, INT8]
+
+    new = tmp_path / "new"
+    made = auto(gan_checkpoint, new, OPTIONS, (), lambda _: None).manifest
+    assert set(made.variants) == {FP32}
+    assert made.selection is not None
+    assert list(made.selection.not_built) == [INT8]
+
+
+def test_where_no_candidate_can_be_exported_every_reason_is_named_once(
+    gan_checkpoint: Path,
+    tmp_path: Path,
+    only_onnxruntime: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise ArtifactError("its graph has an operator that nobody knows")
+
+    monkeypatch.setattr("export.auto.export", fail)
+    with pytest.raises(ArtifactError, match=r"^its graph has an operator that nobody knows$"):
+        auto(gan_checkpoint, tmp_path / "tiny", OPTIONS, (), lambda _: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_check_of_its_pictures_does_not_accept_what_the_clock_refused(
+    gan_checkpoint: Path, tmp_path: Path, only_onnxruntime: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tiny"
+    slow = "not faster than onnxruntime-fp32, which it would replace: 2 ms against 1 ms"
+    monkeypatch.setattr("export.select.no_gain", lambda name, *_: slow if name == INT8 else "")
+    auto(gan_checkpoint, folder, OPTIONS, (), lambda _: None)
+    checked = check(folder, pictures=3, variant=INT8)
+    entry = read_artifact(folder).manifest.variants[INT8]
+    assert (entry.accepted, entry.reason, entry.quality) == (False, slow, checked)
+    monkeypatch.setattr("export.select.no_gain", lambda *_: "")  # only another clock does
+    select_anew(folder, None, "throughput", Floors(), 3, lambda _: None)
+    assert read_artifact(folder).manifest.variants[INT8].accepted
 
 
 def test_a_selected_variant_that_is_made_anew_is_not_selected_unmeasured(

@@ -77,17 +77,21 @@ def pictures(path: Path, requests: Sequence[Request], variant: str | None = None
 # What is asked
 
 
-def test_the_gate_asks_for_every_sampler_label_and_kind_of_guidance(
+def test_the_gate_asks_for_every_sampler_and_label_at_the_guidance_of_the_model(
     diffusion_checkpoint: Path,
 ) -> None:
     model = read_checkpoint(diffusion_checkpoint).model
+    assert model.defaults is not None
     requests = gate_requests(model, 32)
     assert {request.label for request in requests} == set(model.labels)
     assert {request.sampler for request in requests} == set(model.samplers)
-    assert {request.guidance_scale for request in requests} == {1.0, 2.0, 3.5, 5.0}
+    assert {request.guidance_scale for request in requests} == {model.defaults.guidance_scale}
     steps = [request.num_inference_steps or 0 for request in requests]
     assert min(steps) == 4
     assert max(steps) == 30
+    assert {(r.sampler, r.num_inference_steps) for r in requests[::4]} == {
+        (model.defaults.sampler, model.defaults.num_inference_steps)
+    }
 
 
 # What is measured
