@@ -2,7 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from engine.artifact import Artifact, hash_files, new_artifact, read_artifact, write_manifest
@@ -19,7 +21,7 @@ from export.gate import Gate, judge, open_gate, refuse, runnable_variant
 from export.ledger import Ledger
 from export.quantize import kept_precision, open_quantizer, record_calibration
 from export.requests import SEARCH_SEED
-from export.search import Found, search
+from export.search import search
 from export.select import select
 from export.trials import DenoiserTrials
 from export.variant import VariantOptions, installed_version
@@ -138,35 +140,63 @@ class _Candidates:
             reasons = "; ".join(dict.fromkeys(self.not_built.values()))
             raise RuntimeUnavailableError(f"no candidate can be built here: {reasons}")
         for candidate in plain:
-            self._build(candidate)
+            with self._listed(candidate):
+                self._export(self._options.variant(candidate))
         if not self.built:
             raise ArtifactError("; ".join(dict.fromkeys(self.not_built.values())))
         gate = self._open_gate("reference", self._options.pictures, 0)
         for name in self.built:
-            _judge(self._path, name, gate, self._options.floors, self._progress)
+            self._judge(name, gate)
         quantized = [each for each in possible if each.is_quantized]
         searched = [each for each in quantized if each.is_searched]
         count = TRIALS * self._options.pictures
         trial = self._open_gate("trial", count, SEARCH_SEED) if searched else gate
         seconds = 60 * self._options.search_minutes / max(len(searched), 1)
         for candidate in quantized:
-            if name := self._build(candidate, trial, seconds):
-                _judge(self._path, name, gate, self._options.floors, self._progress)
+            with self._listed(candidate):
+                if candidate.is_searched:
+                    self._build_searched(candidate, gate, trial, seconds)
+                else:
+                    self._judge(self._export(self._options.variant(candidate)), gate)
 
-    def _build(self, candidate: Candidate, trial: Gate | None = None, seconds: float = 0) -> str:
-        """Export a candidate; one whose graph a runtime or quantizer cannot take is listed."""
-        options = self._options.variant(candidate)
+    @contextmanager
+    def _listed(self, candidate: Candidate) -> Iterator[None]:
+        """A candidate whose graph a runtime or a quantizer cannot take is listed; others go on."""
         try:
-            if trial and candidate.is_searched:
-                found = self._search(candidate, trial, seconds)
-                options = self._options.variant(candidate, found.layers, found.kept)
-            self._progress(f"exporting {options.name}")
-            export(self._checkpoint, self._path, options, self._loras, self._progress)
+            yield
         except ArtifactError as error:
-            self.not_built[options.name] = str(error)
-            return ""
-        self.built.append(options.name)
+            self.not_built[self._options.variant(candidate).name] = str(error)
+
+    def _export(self, options: VariantOptions) -> str:
+        self._progress(f"exporting {options.name}")
+        export(self._checkpoint, self._path, options, self._loras, self._progress)
+        if options.name not in self.built:
+            self.built.append(options.name)
         return options.name
+
+    def _judge(self, name: str, gate: Gate) -> Variant:
+        return _judge(self._path, name, gate, self._options.floors, self._progress)
+
+    def _build_searched(
+        self, candidate: Candidate, gate: Gate, trial: Gate, seconds: float
+    ) -> None:
+        """Export the fastest set of layers that holds, and passes the gate too where one does.
+
+        Raises ArtifactError where no set is faster.
+        """
+        end = time.monotonic() + seconds
+        trials, ledger = self._trials(candidate, trial)
+        refused: list[tuple[str, ...]] = []
+        while True:
+            found = search(trials, ledger, end - time.monotonic(), self._progress, refused)
+            if refused and not found.holds:
+                return  # the one refused last stays, with its figures
+            if not found.layers:
+                raise ArtifactError("no set of its layers in int8 makes a network call faster here")
+            options = self._options.variant(candidate, found.layers, found.kept)
+            if self._judge(self._export(options), gate).accepted or not found.holds:
+                return
+            refused.append(found.layers)
 
     def _is_possible(self, candidate: Candidate) -> bool:
         try:
@@ -181,10 +211,10 @@ class _Candidates:
         artifact = read_artifact(self._path)
         return open_gate(artifact, self._checkpoint, pictures, self._size, first_seed)
 
-    def _search(self, candidate: Candidate, gate: Gate, seconds: float) -> Found:
-        """The layers to quantize; what was measured is in a ledger beside the artifact.
+    def _trials(self, candidate: Candidate, gate: Gate) -> tuple[DenoiserTrials, Ledger]:
+        """The layers to try, and what was measured of them so far, in a file beside the artifact.
 
-        Raises ArtifactError where there are none, or where the network is not there in fp32.
+        Raises ArtifactError where the network is not there in fp32.
         """
         options = self._options.variant(candidate)
         fp32 = self._options.variant(Candidate(candidate.runtime, "fp32")).name
@@ -205,10 +235,7 @@ class _Candidates:
             quantizer, candidate.runtime, kept_precision(options), artifact, fp32, feeds, gate,
             self._options.floors, self.work / candidate.runtime, artifact.path / graph,
         )  # fmt: skip
-        found = search(trials, ledger, seconds, self._progress)
-        if not found.layers:
-            raise ArtifactError("no set of its layers in int8 makes a network call faster here")
-        return found
+        return trials, ledger
 
     def _context(self, artifact: Artifact, options: VariantOptions) -> Mapping[str, object]:
         """What the measurements of a search hold for."""

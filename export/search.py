@@ -1,7 +1,7 @@
 """The search for the layers that a network gains most from in int8, while its pictures hold."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -41,6 +41,7 @@ class Found:
 
     layers: tuple[str, ...]
     kept: tuple[KeptLayer, ...]
+    holds: bool  # whether the trial pictures do
 
 
 def search(
@@ -48,6 +49,7 @@ def search(
     ledger: Ledger,
     seconds: float,
     progress: Callable[[str], None],
+    refused: Collection[tuple[str, ...]] = (),
     clock: Callable[[], float] = time.monotonic,
 ) -> Found:
     """The fastest set of layers whose trial pictures hold.
@@ -56,8 +58,9 @@ def search(
     clock, so that a second search tries the same sets. Pictures are drawn of those that are
     faster than float, the fastest first, until one holds: more layers in int8 do not always make
     the worst picture worse, so that no set speaks for another. Where none holds, the one that
-    comes closest is returned, for the gate to refuse. When the time is up, what was not measured
-    stays float, and pictures are drawn of one set still.
+    comes closest is returned, for the gate to refuse. Sets that it has `refused` already are passed
+    over. When the time is up, what was not measured stays float, and pictures are drawn of one set
+    still.
     """
     end = clock() + seconds
     saved = _saved(trials, ledger, progress)
@@ -68,7 +71,7 @@ def search(
     order = sorted(errors, key=lambda layer: errors[layer] / work[layer])
     margins: dict[tuple[str, ...], float] = {}
     faster = _faster_sets(trials, order, ledger, progress)
-    for layers in faster:
+    for layers in [layers for layers in faster if layers not in refused]:
         if margins and clock() >= end:
             break
         margins[layers] = _margin_db(trials, layers, ledger, progress)
@@ -76,7 +79,7 @@ def search(
             break
     chosen = max(margins, key=lambda layers: margins[layers], default=())
     kept = _kept(trials, chosen, saved, errors, useful, gains=bool(faster))
-    return Found(layers=chosen, kept=tuple(kept))
+    return Found(layers=chosen, kept=tuple(kept), holds=margins.get(chosen, -1.0) >= 0)
 
 
 def _saved(trials: Trials, ledger: Ledger, progress: Callable[[str], None]) -> dict[str, float]:

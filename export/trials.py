@@ -21,9 +21,8 @@ from export.work import layer_macs
 Feed = Mapping[str, NDArray[np.generic]]
 ROUNDS = 15
 MOST_OPEN = 16  # trial files at once
-# Trial pictures must be so much above the floor: the gate draws others, and more of them.
-MARGIN_DB = 1.0
 BROKEN_DB = -100.0
+DULL_DB = -1.0  # at most, where it is the mean SSIM that is too low
 
 
 class DenoiserTrials:
@@ -84,15 +83,15 @@ class DenoiserTrials:
         return float(np.mean(ratios))
 
     def margin_db(self, layers: Sequence[str]) -> float:
-        """How far the worst trial picture is above the floor and a margin; SSIM counts too."""
+        """How far the worst trial picture is above the floor; mean SSIM counts too."""
         trial = self._trial_artifact(self._write(layers))
         try:
             comparison = self._gate.compare(open_artifact(trial, "trial"))
         except QualityError:
             return BROKEN_DB
-        margin_db = min(comparison.psnrs_db) - self._floors.psnr_db - MARGIN_DB
+        margin_db = min(comparison.psnrs_db) - self._floors.psnr_db
         if float(np.mean(comparison.ssims)) < self._floors.ssim:
-            return min(margin_db, -MARGIN_DB)
+            return min(margin_db, DULL_DB)
         return margin_db
 
     def call_ms(self, candidates: Sequence[Sequence[str]]) -> list[float]:

@@ -12,14 +12,15 @@ from in_process import run
 
 from engine.artifact import read_artifact, write_manifest
 from engine.errors import ArtifactError, QualityError, RuntimeUnavailableError
-from engine.manifest import Floors, Manifest
+from engine.manifest import Floors, Manifest, Variant
 from engine.pipeline import open_pipeline
 from engine.request import Request
+from export import auto as auto_module
 from export.auto import auto, select_anew
 from export.build import export
 from export.calibrate import CalibrationOptions
 from export.candidates import CANDIDATES, SMALL, AutoOptions, Candidate
-from export.gate import check
+from export.gate import check, refuse
 from export.ledger import Ledger
 from export.select import Timing, choose, no_gain, select
 from export.trials import DenoiserTrials
@@ -559,6 +560,36 @@ def test_a_candidate_that_cannot_be_exported_is_listed_once_and_the_others_go_on
     assert set(made.variants) == {FP32}
     assert made.selection is not None
     assert list(made.selection.not_built) == [INT8]
+
+
+def test_where_the_gate_refuses_a_set_of_layers_the_next_one_is_tried(
+    gan_checkpoint: Path,
+    tmp_path: Path,
+    only_onnxruntime: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[tuple[str, ...]] = []
+
+    def stern(path: Path, name: str, *_: object) -> Variant:
+        entry = read_artifact(path).manifest.variants[name]
+        if entry.quantization is None:
+            return refuse(read_artifact(path), name, "it is float")
+        tried.append(entry.quantization.layers)
+        if len(tried) < 3:
+            return refuse(read_artifact(path), name, "too many layers")
+        return judge_it(path, name, *_)
+
+    judge_it = auto_module._judge
+    monkeypatch.setattr(auto_module, "_judge", stern)
+    monkeypatch.setattr(DenoiserTrials, "margin_db", lambda self, layers: 1.0)
+    manifest = auto(gan_checkpoint, tmp_path / "tiny", OPTIONS, (), lambda _: None).manifest
+    entry = manifest.variants[INT8]
+    assert entry.accepted
+    assert entry.quantization is not None
+    assert entry.quantization.layers == tried[2]
+    assert len(tried[0]) > len(tried[1]) > len(tried[2]) > 0
+    names = {*entry.quantization.layers, *(layer.name for layer in entry.quantization.kept)}
+    assert names >= set(tried[0])
 
 
 def test_where_no_candidate_can_be_exported_every_reason_is_named_once(

@@ -106,7 +106,7 @@ def even(count: int, margin_of: Callable[[Sequence[str]], float], **more: object
 
 def run(trials: FakeTrials, folder: Path, seconds: float = HOUR_S) -> Found:
     ledger = Ledger(folder / "ledger.jsonl", CONTEXT)
-    return search(trials, ledger, seconds, lambda _: None, trials.clock)
+    return search(trials, ledger, seconds, lambda _: None, clock=trials.clock)
 
 
 def picked(trials: FakeTrials, tried: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
@@ -181,6 +181,20 @@ def test_where_none_holds_the_closest_is_returned_alone(tmp_path: Path) -> None:
     found = run(trials, tmp_path)
     assert len(found.layers) == 3
     require_each_layer_once(found, trials)
+
+
+def test_sets_that_the_gate_refused_are_passed_over_without_a_new_measurement(
+    tmp_path: Path,
+) -> None:
+    trials = even(8, lambda layers: 1.0 if len(layers) in (6, 3) else -1.0)
+    ledger = Ledger(tmp_path / "ledger.jsonl", CONTEXT)
+    refused: list[tuple[str, ...]] = []
+    sizes = []
+    while (found := search(trials, ledger, HOUR_S, lambda _: None, refused)).holds:
+        sizes.append(len(found.layers))
+        refused.append(found.layers)
+    assert sizes == [6, 3]
+    assert [len(layers) for layers in trials.drawn] == [8, 7, 6, 5, 4, 3, 2, 1]  # each once
 
 
 def test_pictures_that_are_exactly_at_the_floor_hold(tmp_path: Path) -> None:
