@@ -18,7 +18,7 @@ from engine.pipeline import open_pipeline
 from engine.request import Request
 from export.build import export
 from export.gate import check
-from export.requests import gate_requests
+from export.requests import varied_requests
 from serving.client import Client
 from serving.repository import write_repository
 from serving.server import Server
@@ -92,7 +92,7 @@ def _serve(artifacts: Sequence[Path], repository: Path) -> tuple[float, dict[str
 
 def _request_all(server: Server, client: Client, artifact: Path) -> Served:
     pipeline = open_pipeline(artifact)
-    requests = gate_requests(pipeline.model, REQUESTS)
+    requests = varied_requests(pipeline.model, REQUESTS)
     before = server.tick_counts(artifact.name)
     console.print(f"send   {len(requests)} requests to {artifact.name}")
     pictures, latencies_ms = _send(client, artifact.name, requests)

@@ -26,7 +26,7 @@ from export.select import select
 from export.trials import DenoiserTrials
 from export.variant import VariantOptions, installed_version
 
-TRIALS = 2  # trial pictures for each that the gate draws
+TRIALS = 4  # trial pictures for each that the gate draws: of several sets one may be lucky
 PROBES = 6  # calls that a layer's error is measured on
 
 

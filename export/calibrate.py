@@ -14,7 +14,7 @@ from engine.options import Options
 from engine.pipeline import DEFAULT_MAX_ROWS, Pipeline
 from engine.request import Request
 from engine.row import Feed
-from export.requests import CALIBRATION_SEED, calibration_requests
+from export.requests import CALIBRATION_SEED, varied_requests
 
 LEAST_ROWS = 32  # under which one odd row decides a range
 BATCH = 16  # rows of a call when ranges are measured
@@ -51,7 +51,7 @@ def calibrate(
     first_seed = CALIBRATION_SEED + 1000 * options.seed
     evaluations = 1 if pipeline.model.defaults is None else 4  # of a request, at least
     count = max(32, -(-options.rows // evaluations))
-    requests = calibration_requests(pipeline.model, count, size, first_seed)
+    requests = varied_requests(pipeline.model, count, size, first_seed)
     kept = _draw(_evaluations(pipeline, requests), options.rows, options.seed)
     return {name: np.stack([row[name] for row in kept]) for name in kept[0]}
 

@@ -54,6 +54,13 @@ class Gate:
     requests: Sequence[Request]
     references: Sequence[Image]
 
+    def parts(self, count: int) -> "list[Gate]":
+        """The same in gates of so many pictures."""
+        starts = range(0, len(self.requests), count)
+        return [
+            Gate(self.requests[at : at + count], self.references[at : at + count]) for at in starts
+        ]
+
     def compare(self, pipeline: Pipeline, simulated: bool = False) -> Comparison:
         """Draw every request and close the pipeline.
 

@@ -30,8 +30,8 @@ def gate_requests(
     return [Request.of(_request(model, seed, size)) for seed in seeds]
 
 
-def calibration_requests(
-    model: ModelSpec, count: int, size: tuple[int, int] | None, first_seed: int
+def varied_requests(
+    model: ModelSpec, count: int, size: tuple[int, int] | None = None, first_seed: int = 0
 ) -> list[Request]:
     """As `gate_requests`, over guidance scales from none to the most that users ask for."""
     requests = gate_requests(model, count, size, first_seed)

@@ -1,5 +1,6 @@
 """The layers of a denoiser tried on this machine: quantized one by one and in sets."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -21,6 +22,7 @@ from export.work import layer_macs
 Feed = Mapping[str, NDArray[np.generic]]
 ROUNDS = 15
 MOST_OPEN = 16  # trial files at once
+AT_ONCE = 64  # trial pictures, before the next are drawn
 BROKEN_DB = -100.0
 DULL_DB = -1.0  # at most, where it is the mean SSIM that is too low
 
@@ -83,15 +85,22 @@ class DenoiserTrials:
         return float(np.mean(ratios))
 
     def margin_db(self, layers: Sequence[str]) -> float:
-        """How far the worst trial picture is above the floor; mean SSIM counts too."""
+        """How far the worst trial picture is above the floor; mean SSIM counts too.
+
+        No more pictures are drawn once one is below.
+        """
         trial = self._trial_artifact(self._write(layers))
-        try:
-            comparison = self._gate.compare(open_artifact(trial, "trial"))
-        except QualityError:
-            return BROKEN_DB
-        margin_db = min(comparison.psnrs_db) - self._floors.psnr_db
-        if float(np.mean(comparison.ssims)) < self._floors.ssim:
-            return min(margin_db, DULL_DB)
+        margin_db = math.inf
+        for part in self._gate.parts(AT_ONCE):
+            try:
+                comparison = part.compare(open_artifact(trial, "trial"))
+            except QualityError:
+                return BROKEN_DB
+            margin_db = min(margin_db, min(comparison.psnrs_db) - self._floors.psnr_db)
+            if float(np.mean(comparison.ssims)) < self._floors.ssim:
+                margin_db = min(margin_db, DULL_DB)
+            if margin_db < 0:
+                break
         return margin_db
 
     def call_ms(self, candidates: Sequence[Sequence[str]]) -> list[float]:

@@ -17,7 +17,7 @@ from engine.request import Request
 from engine.row import Feed
 from export.calibrate import CalibrationOptions, batches, calibrate, load_rows, save_rows
 from export.quantize import record_calibration
-from export.requests import CALIBRATION_SEED, SEARCH_SEED, calibration_requests
+from export.requests import CALIBRATION_SEED, SEARCH_SEED, varied_requests
 from export.variant import VariantOptions
 
 ROWS = 256
@@ -62,7 +62,7 @@ def requests_of(model: ModelSpec, options: CalibrationOptions) -> list[Request]:
     """A request makes four evaluations at least, and 32 of them are drawn at least."""
     steps = 1 if model.defaults is None else 4
     count = max(32, options.rows // steps)
-    return calibration_requests(model, count, None, CALIBRATION_SEED + 1000 * options.seed)
+    return varied_requests(model, count, None, CALIBRATION_SEED + 1000 * options.seed)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_a_gan_s_rows_are_start_noise_and_every_label(gan: Pipeline) -> None:
 
 
 def test_calibration_leaves_the_pipeline_as_it_was(diffusion: Pipeline) -> None:
-    request = calibration_requests(diffusion.model, 1, None, 0)
+    request = varied_requests(diffusion.model, 1, None, 0)
     (before,) = diffusion.generate(request)
     calibrate(diffusion, CalibrationOptions(rows=32))
     (after,) = diffusion.generate(request)
