@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from damage import contents, read_manifest
@@ -295,6 +296,34 @@ def test_a_ledger_that_was_cut_off_or_is_of_another_search_is_begun_anew(
         assert Ledger(path, {"floor": 35}).resumed == 0
     else:
         assert Ledger(path, {"floor": 40}).resumed == 0
+
+
+def test_no_more_trial_pictures_are_drawn_once_one_is_below_the_floor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[int] = []
+
+    class Part:
+        def __init__(self, worst_db: float, ssim: float) -> None:
+            self.worst_db, self.ssim = worst_db, ssim
+
+        def compare(self, _: object) -> SimpleNamespace:
+            drawn.append(1)
+            return SimpleNamespace(psnrs_db=[60.0, self.worst_db], ssims=[self.ssim])
+
+    def margin_db(*parts: Part) -> float:
+        drawn.clear()
+        trials = DenoiserTrials.__new__(DenoiserTrials)
+        trials._floors = Floors(psnr_db=35, ssim=0.98)
+        trials._gate = SimpleNamespace(parts=lambda count: parts)  # type: ignore[assignment]
+        return trials.margin_db([])
+
+    for name in ("_write", "_trial_artifact"):
+        monkeypatch.setattr(DenoiserTrials, name, lambda *_: None)
+    monkeypatch.setattr("export.trials.open_artifact", lambda *_: None)
+    assert (margin_db(Part(50, 0.99), Part(38, 0.99), Part(41, 0.99)), len(drawn)) == (3, 3)
+    assert (margin_db(Part(50, 0.99), Part(33, 0.99), Part(41, 0.99)), len(drawn)) == (-2, 2)
+    assert (margin_db(Part(50, 0.97), Part(50, 0.99)), len(drawn)) == (-1, 1)
 
 
 # What is not installed

@@ -73,7 +73,7 @@ class OpenVINOBackend:
         """One call; compiles first where the shape is new. Raises OptionError for a wrong feed."""
         sizes = axis_sizes(feed, self._spec.inputs)
         rows = sizes.pop("batch", None)
-        if rows is None or not self._is_small or sizes != self._usual_sizes:
+        if not rows or not self._is_small or sizes != self._usual_sizes:
             return self._infer(self._dynamic_request(), feed)
         parts: list[dict[str, Array]] = []
         start = 0
