@@ -248,6 +248,9 @@ class Variant(Options):
     size_bytes: int | None = Field(None, description="of the files that its networks are in")
     quality: Quality | None = None
     speed: Speed | None = None
+    no_gain: str = Field(
+        "", description="why it is refused though its pictures hold; no check overrules it"
+    )
     accepted: bool | None = Field(None, description="none until checked")
     reason: str = ""
 

@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,12 +21,13 @@ from export.gate import Gate, judge, open_gate, refuse, runnable_variant
 from export.ledger import Ledger
 from export.quantize import kept_precision, open_quantizer, record_calibration
 from export.requests import SEARCH_SEED
-from export.search import search
+from export.search import NO_TIME, Found, search
 from export.select import select
 from export.trials import DenoiserTrials
 from export.variant import VariantOptions, installed_version
 
 TRIALS = 4  # trial pictures for each that the gate draws: of several sets one may be lucky
+TRIALS_AT_ONCE = 64  # before the next are drawn
 PROBES = 6  # calls that a layer's error is measured on
 
 
@@ -77,7 +78,7 @@ def select_anew(
 def _require_accepted(artifact: Artifact) -> Artifact:
     """Raises QualityError where what was selected is only kept, for want of a better one."""
     chosen = artifact.manifest.variants[artifact.manifest.selected]
-    if not chosen.accepted:
+    if not chosen.accepted or chosen.speed is None:
         raise QualityError(_nothing_reaches(artifact))
     return artifact
 
@@ -85,13 +86,13 @@ def _require_accepted(artifact: Artifact) -> Artifact:
 def _judge(
     artifact_path: Path, name: str, gate: Gate, floors: Floors, progress: Progress
 ) -> Variant:
-    """The verdict on a variant; one whose runtime does not start on this machine is refused."""
+    """The verdict on a variant; one that its runtime does not load on this machine is refused."""
     progress(f"drawing {len(gate.requests)} pictures with {name}")
     artifact = read_artifact(artifact_path)
     runnable, simulated = runnable_variant(artifact, name)
     try:
         return judge(artifact, name, gate, floors, runnable, simulated)
-    except RuntimeUnavailableError as error:
+    except (ArtifactError, RuntimeUnavailableError) as error:
         return refuse(artifact, name, str(error))
 
 
@@ -149,8 +150,7 @@ class _Candidates:
             self._judge(name, gate)
         quantized = [each for each in possible if each.is_quantized]
         searched = [each for each in quantized if each.is_searched]
-        count = TRIALS * self._options.pictures
-        trial = self._open_gate("trial", count, SEARCH_SEED) if searched else gate
+        trial = _TrialGates(self._open_gate, TRIALS * self._options.pictures)
         seconds = 60 * self._options.search_minutes / max(len(searched), 1)
         for candidate in quantized:
             with self._listed(candidate):
@@ -164,7 +164,7 @@ class _Candidates:
         """A candidate whose graph a runtime or a quantizer cannot take is listed; others go on."""
         try:
             yield
-        except ArtifactError as error:
+        except (ArtifactError, RuntimeUnavailableError) as error:
             self.not_built[self._options.variant(candidate).name] = str(error)
 
     def _export(self, options: VariantOptions) -> str:
@@ -178,21 +178,21 @@ class _Candidates:
         return _judge(self._path, name, gate, self._options.floors, self._progress)
 
     def _build_searched(
-        self, candidate: Candidate, gate: Gate, trial: Gate, seconds: float
+        self, candidate: Candidate, gate: Gate, trial: "_TrialGates", seconds: float
     ) -> None:
         """Export the fastest set of layers that holds, and passes the gate too where one does.
 
-        Raises ArtifactError where no set is faster.
+        Raises ArtifactError where no set is faster, or none was tried in the time.
         """
-        end = time.monotonic() + seconds
         trials, ledger = self._trials(candidate, trial)
+        end = time.monotonic() + seconds
         refused: list[tuple[str, ...]] = []
         while True:
             found = search(trials, ledger, end - time.monotonic(), self._progress, refused)
             if refused and not found.holds:
                 return  # the one refused last stays, with its figures
             if not found.layers:
-                raise ArtifactError("no set of its layers in int8 makes a network call faster here")
+                raise ArtifactError(_why_no_layers(found))
             options = self._options.variant(candidate, found.layers, found.kept)
             if self._judge(self._export(options), gate).accepted or not found.holds:
                 return
@@ -211,7 +211,7 @@ class _Candidates:
         artifact = read_artifact(self._path)
         return open_gate(artifact, self._checkpoint, pictures, self._size, first_seed)
 
-    def _trials(self, candidate: Candidate, gate: Gate) -> tuple[DenoiserTrials, Ledger]:
+    def _trials(self, candidate: Candidate, gates: "_TrialGates") -> tuple[DenoiserTrials, Ledger]:
         """The layers to try, and what was measured of them so far, in a file beside the artifact.
 
         Raises ArtifactError where the network is not there in fp32.
@@ -228,18 +228,23 @@ class _Candidates:
             quantizer = open_quantizer(weights, options, artifact.path, graph)
         feeds = batches(load_rows(artifact.path / options.calibration_file))[-PROBES:]
         self.work.mkdir(parents=True, exist_ok=True)
-        ledger = Ledger(self.work / f"{candidate.runtime}.jsonl", self._context(artifact, options))
+        ledger = Ledger(
+            self.work / f"{candidate.runtime}.jsonl", self._context(artifact, options, gates.count)
+        )
         if ledger.resumed:
             self._progress(f"going on with {ledger.resumed} measurements from before")
         trials = DenoiserTrials(
-            quantizer, candidate.runtime, kept_precision(options), artifact, fp32, feeds, gate,
+            quantizer, candidate.runtime, kept_precision(options), artifact, fp32, feeds, gates,
             self._options.floors, self.work / candidate.runtime, artifact.path / graph,
         )  # fmt: skip
         return trials, ledger
 
-    def _context(self, artifact: Artifact, options: VariantOptions) -> Mapping[str, object]:
+    def _context(
+        self, artifact: Artifact, options: VariantOptions, trial_pictures: int
+    ) -> Mapping[str, object]:
         """What the measurements of a search hold for."""
         return {
+            "trial_pictures": trial_pictures,
             "source": artifact.manifest.source.model_dump(mode="json", exclude={"path"}),
             "calibration": artifact.manifest.files[options.calibration_file],
             "threads": os.environ.get("OMP_NUM_THREADS", ""),
@@ -252,6 +257,28 @@ class _Candidates:
                 for package in (options.runtime, "nncf", "torch", "vitrine")
             ],
         }
+
+
+class _TrialGates:
+    """The trial pictures in torch, in parts that are drawn when they are first asked for."""
+
+    def __init__(self, open_gate: Callable[[str, int, int], Gate], count: int) -> None:
+        self.count = count
+        self._open_gate = open_gate
+        self._parts: list[Gate] = []
+
+    def __iter__(self) -> Iterator[Gate]:
+        for number, first in enumerate(range(0, self.count, TRIALS_AT_ONCE)):
+            if number == len(self._parts):
+                pictures = min(TRIALS_AT_ONCE, self.count - first)
+                self._parts.append(self._open_gate("trial", pictures, SEARCH_SEED + first))
+            yield self._parts[number]
+
+
+def _why_no_layers(found: Found) -> str:
+    if any(layer.reason == NO_TIME for layer in found.kept):
+        return "the time of the search was up before a set of layers was tried; raise it"
+    return "no set of its layers in int8 makes a network call faster here"
 
 
 def _with_calibration(

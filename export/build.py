@@ -1,5 +1,6 @@
 """Checkpoint to artifact: export every network, describe them in a manifest, write it whole."""
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from engine.checkpoint import VAE_NETWORKS, Checkpoint, file_sha256, read_checkp
 from engine.console import Progress
 from engine.errors import ArtifactError
 from engine.json_files import read_json
-from engine.manifest import Lora, Manifest, Source, TypedPrecision, Variant
+from engine.manifest import Goal, Lora, Manifest, Selection, Source, TypedPrecision, Variant
 from engine.pipeline import checkpoint_tokenizers
 from export.files import link_files, size_bytes
 from export.finding import Finding
@@ -81,13 +82,14 @@ def export(
         findings = _lint(graphs, folder, options, progress)
         variant = options.describe(graphs, quantization, size_bytes(folder, graphs))
         variants = {**(before.manifest.variants if before else {}), options.name: variant}
+        selected, selection = _selected(before, options.name)
         manifest = Manifest(
             vitrine_version=version("vitrine"),
             source=source,
             model=checkpoint.model,
             variants=variants,
-            selected=_selected(before, options.name),
-            selection=before.manifest.selection if before else None,
+            selected=selected,
+            selection=selection,
             files=hash_files(folder),
         )
         write_manifest(folder, manifest)
@@ -119,22 +121,37 @@ def _is_from(source: Source, manifest: Manifest) -> bool:
     return same and manifest.vitrine_version == version("vitrine")
 
 
-def _selected(before: Artifact | None, made: str) -> str:
-    """The variant that is selected when one has been made anew.
+def _selected(before: Artifact | None, made: str) -> tuple[str, Selection | None]:
+    """The selected variant when one has been made anew, and how it was chosen.
 
-    What was selected by measurement does not stay so unmeasured: the next best accepted one is.
+    What was selected by measurement does not stay so unmeasured: the best accepted one of the same
+    picture size is, where there is one.
     """
     if before is None:
-        return made
-    manifest = before.manifest
-    if manifest.selected != made or manifest.selection is None:
-        return manifest.selected
-    others = {
-        name: variant.speed.images_per_s
-        for name, variant in manifest.variants.items()
-        if variant.accepted and variant.speed and name != made
-    }
-    return max(others, key=lambda name: others[name]) if others else made
+        return made, None
+    manifest, selection = before.manifest, before.manifest.selection
+    if selection is None:
+        return manifest.selected, None
+    chosen = manifest.selected
+    if chosen == made:
+        size = manifest.variants[made].size
+        costs = {
+            name: _cost(variant, selection.goal)
+            for name, variant in manifest.variants.items()
+            if name != made and variant.accepted and variant.speed and variant.size == size
+        }
+        chosen = min(costs, key=lambda name: costs[name]) if costs else made
+    not_built = {name: why for name, why in selection.not_built.items() if name != made}
+    ties = tuple(name for name in selection.within_noise if name not in (made, chosen))
+    return chosen, selection.model_copy(update={"not_built": not_built, "within_noise": ties})
+
+
+def _cost(variant: Variant, goal: Goal) -> float:
+    """What a goal makes small."""
+    assert variant.speed is not None
+    if goal == "size":
+        return variant.size_bytes or math.inf
+    return variant.speed.latency_ms if goal == "latency" else -variant.speed.images_per_s
 
 
 def _forget(folder: Path, name: str, variant: Variant | None) -> None:

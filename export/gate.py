@@ -35,8 +35,7 @@ def check(
     name = variant or artifact.manifest.selected
     runnable, simulated = runnable_variant(artifact, name)
     gate = open_gate(artifact, checkpoint_path, pictures, runnable.variant(name).size)
-    slow = _refused_by_clock(artifact.manifest.variants[name])
-    after = judge(artifact, name, gate, floors or Floors(), runnable, simulated, slow)
+    after = judge(artifact, name, gate, floors or Floors(), runnable, simulated)
     if after.quality is None:
         raise QualityError(f"{name}: {after.reason}")
     if reason := shortfall(after.quality):
@@ -53,13 +52,6 @@ class Gate:
 
     requests: Sequence[Request]
     references: Sequence[Image]
-
-    def parts(self, count: int) -> "list[Gate]":
-        """The same in gates of so many pictures."""
-        starts = range(0, len(self.requests), count)
-        return [
-            Gate(self.requests[at : at + count], self.references[at : at + count]) for at in starts
-        ]
 
     def compare(self, pipeline: Pipeline, simulated: bool = False) -> Comparison:
         """Draw every request and close the pipeline.
@@ -129,30 +121,20 @@ def judge(
     floors: Floors,
     runnable: Artifact,
     simulated: bool = False,
-    slow: str = "",
 ) -> Variant:
-    """Compare a variant, and write the verdict, the figures and the evidence into the manifest.
-
-    `slow`: why it is refused even where its pictures hold.
-    """
+    """Compare a variant, and write the verdict, the figures and the evidence into the manifest."""
     try:
         comparison = gate.compare(open_artifact(runnable, name), simulated)
     except QualityError as error:
         return refuse(artifact, name, str(error))
     evidence = save_evidence(artifact.path, name, comparison)
     quality = summarize(comparison, floors, evidence, simulated)
-    return _write_verdict(artifact, name, quality, shortfall(quality) or slow)
+    return _write_verdict(artifact, name, quality, shortfall(quality))
 
 
 def refuse(artifact: Artifact, name: str, reason: str) -> Variant:
     """Write into the manifest that a variant makes no pictures to judge, and why."""
     return _write_verdict(artifact, name, None, reason)
-
-
-def _refused_by_clock(variant: Variant) -> str:
-    """Why a variant was refused whose pictures held: no picture overrules that."""
-    held = variant.quality is not None and not shortfall(variant.quality)
-    return variant.reason if held and variant.speed else ""
 
 
 def summarize(
@@ -228,6 +210,7 @@ def _write_verdict(artifact: Artifact, name: str, quality: Quality | None, reaso
     """Write the verdict into the manifest as it is now; only then does the older evidence go."""
     manifest = read_artifact(artifact.path).manifest
     before = manifest.variants[name]
+    reason = reason or before.no_gain
     after = before.model_copy(update={"quality": quality, "accepted": not reason, "reason": reason})
     files = {n: sha256 for n, sha256 in manifest.files.items() if n not in REPORT}
     old = before.quality.worst_picture if before.quality else None

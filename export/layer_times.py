@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.errors import ArtifactError
 from engine.manifest import TypedPrecision
 
 Feed = Mapping[str, NDArray[np.generic]]
@@ -24,10 +25,14 @@ def layer_times_ms(
     """Milliseconds of every node that the profile names, in one call of `feed`.
 
     A node's time is its kernel's alone: reorders and quantizers around it are nodes of their own.
+    Raises ArtifactError where the runtime does not run it.
     """
-    if runtime == "openvino":
-        return _openvino(path, precision, feed)
-    return _onnxruntime(path, feed)
+    try:
+        if runtime == "openvino":
+            return _openvino(path, precision, feed)
+        return _onnxruntime(path, feed)
+    except Exception as error:  # every runtime has errors of its own
+        raise ArtifactError(f"{runtime} cannot profile '{path.name}': {error}") from error
 
 
 def _openvino(path: Path, precision: TypedPrecision, feed: Feed) -> dict[str, float]:

@@ -30,6 +30,10 @@ class Ledger:
             self._values = {}
         self.resumed = len(self._values)
 
+    def knows(self, name: str) -> bool:
+        """Whether it was measured."""
+        return name in self._values
+
     def recall(self, name: str, measure: Callable[[], Value], kind: type[Value]) -> Value:
         """What was measured under this name, here or before the search was stopped."""
         value = self._values.get(name)

@@ -50,7 +50,7 @@ def _request(model: ModelSpec, seed: int, size: tuple[int, int] | None) -> dict[
     if model.labels:
         values["label"] = model.labels[(seed + seed // len(model.labels)) % len(model.labels)]
     if model.tokenizers:
-        values["prompt"] = PROMPTS[seed % len(PROMPTS)]
+        values["prompt"] = PROMPTS[(seed + seed // len(PROMPTS)) % len(PROMPTS)]
     height, width = size or (model.image.height, model.image.width)
     if size:
         values |= {"height": height, "width": width}

@@ -12,6 +12,7 @@ from export.ledger import Ledger
 SHARES = 8  # sets of 8/8, 7/8, ... 1/8 of the useful layers are tried
 LEAST_WORK = 0.005  # of the network's: layers with less are not worth a conversion around them
 FASTER = 0.99  # of the float call
+NO_TIME = "its error was not measured: the time of the search was up"
 
 
 class Trials(Protocol):
@@ -66,14 +67,15 @@ def search(
     saved = _saved(trials, ledger, progress)
     work = trials.work()
     least = LEAST_WORK * sum(work.values())
-    useful = [layer for layer in trials.layers if saved[layer] > 0 and work[layer] >= least]
+    useful = [layer for layer in trials.layers if saved[layer] > 0 and work[layer] >= least > 0]
     errors = _errors(trials, useful, ledger, progress, lambda: clock() >= end)
     order = sorted(errors, key=lambda layer: errors[layer] / work[layer])
     margins: dict[tuple[str, ...], float] = {}
     faster = _faster_sets(trials, order, ledger, progress)
     for layers in [layers for layers in faster if layers not in refused]:
-        if margins and clock() >= end:
-            break
+        known = ledger.knows(_margin_name(layers))
+        if margins and not known and clock() >= end:
+            continue
         margins[layers] = _margin_db(trials, layers, ledger, progress)
         if margins[layers] >= 0:
             break
@@ -97,11 +99,12 @@ def _errors(
     """The error of each layer alone; those that time is too short for are left out."""
     errors: dict[str, float] = {}
     for number, layer in enumerate(layers, 1):
-        if is_over():
-            break
+        name = f"error of {layer}"
+        if not ledger.knows(name) and is_over():
+            continue
         progress(f"sensitivity of layer {number} of {len(layers)}: {layer}")
         measure = partial(trials.error, [layer])
-        errors[layer] = ledger.recall(f"error of {layer}", measure, float)
+        errors[layer] = ledger.recall(name, measure, float)
     return errors
 
 
@@ -125,8 +128,11 @@ def _margin_db(
     trials: Trials, layers: Sequence[str], ledger: Ledger, progress: Callable[[str], None]
 ) -> float:
     progress(f"drawing the trial pictures with {len(layers)} layers in int8")
-    name = "margin_db of " + " ".join(layers)
-    return ledger.recall(name, lambda: trials.margin_db(layers), float)
+    return ledger.recall(_margin_name(layers), lambda: trials.margin_db(layers), float)
+
+
+def _margin_name(layers: Sequence[str]) -> str:
+    return "margin_db of " + " ".join(layers)
 
 
 def _kept(
@@ -149,7 +155,7 @@ def _kept(
                 f"under {LEAST_WORK:.1%} of the network's work, {saved[layer]:.3f} ms of a call"
             )
         elif layer not in errors:
-            reason = "its error was not measured: the time of the search was up"
+            reason = NO_TIME
         elif not gains:
             reason = "no set of layers made a whole call faster"
         elif not total:

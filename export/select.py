@@ -222,16 +222,17 @@ def select(
     variants = {name: artifact.manifest.variants[name] for name in candidates}
     whole = [name for name, variant in variants.items() if variant.networks and variant.quality]
     timings = measure(artifact, whole, progress) if whole else {}
-    for name, timing in timings.items():
-        figures = speed(timing, artifact.manifest.model)
-        variants[name] = variants[name].model_copy(update={"speed": figures})
+    for name, variant in variants.items():
+        timing = timings.get(name)
+        figures = speed(timing, artifact.manifest.model) if timing else None
+        variants[name] = variant.model_copy(update={"speed": figures, **_verdict(variant)})
     for name, reason in not_built.items():  # of this time; it may be there from before
         if before := artifact.manifest.variants.get(name):
             refused = {"accepted": False, "reason": reason, "speed": None}
             variants[name] = before.model_copy(update=refused)
     for name in [name for name, variant in variants.items() if variant.accepted]:
         if reason := no_gain(name, variants, timings, goal):
-            refused = {"accepted": False, "reason": reason}
+            refused = {"accepted": False, "reason": reason, "no_gain": reason}
             variants[name] = variants[name].model_copy(update=refused)
     chosen, within_noise = choose(variants, timings, goal)
     missing = {name: reason for name, reason in not_built.items() if name not in variants}
@@ -244,6 +245,13 @@ def select(
     }
     _write(artifact, artifact.manifest.model_copy(update=update))
     return read_artifact(artifact_path)
+
+
+def _verdict(variant: Variant) -> dict[str, object]:
+    """What its pictures alone say of a variant, without what older clocks said."""
+    if not variant.no_gain or variant.reason != variant.no_gain:
+        return {"no_gain": ""}
+    return {"accepted": True, "reason": "", "no_gain": ""}
 
 
 def _write(artifact: Artifact, manifest: Manifest) -> None:

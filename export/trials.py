@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from export.work import layer_macs
 Feed = Mapping[str, NDArray[np.generic]]
 ROUNDS = 15
 MOST_OPEN = 16  # trial files at once
-AT_ONCE = 64  # trial pictures, before the next are drawn
 BROKEN_DB = -100.0
 DULL_DB = -1.0  # at most, where it is the mean SSIM that is too low
 
@@ -38,12 +37,12 @@ class DenoiserTrials:
         artifact: Artifact,
         float_variant: str,
         feeds: Sequence[Feed],
-        gate: Gate,
+        gates: Iterable[Gate],
         floors: Floors,
         folder: Path,
         graph: Path,
     ) -> None:
-        """`feeds`: network calls of one size; `gate`: pictures that the final gate does not draw.
+        """`feeds`: network calls of one size; `gates`: pictures that the final gate does not draw.
 
         The other networks are those of `float_variant`; `graph` is the denoiser in float.
         """
@@ -54,7 +53,7 @@ class DenoiserTrials:
         self._artifact = artifact
         self._float = artifact.manifest.variants[float_variant]
         self._feeds = feeds
-        self._gate = gate
+        self._gates = gates
         self._floors = floors
         self._folder = folder
         self._graph = graph
@@ -91,7 +90,7 @@ class DenoiserTrials:
         """
         trial = self._trial_artifact(self._write(layers))
         margin_db = math.inf
-        for part in self._gate.parts(AT_ONCE):
+        for part in self._gates:
             try:
                 comparison = part.compare(open_artifact(trial, "trial"))
             except QualityError:

@@ -28,7 +28,7 @@ from export.trials import DenoiserTrials
 from export.variant import VariantOptions
 
 FP32, INT8 = "onnxruntime-fp32", "onnxruntime-int8"
-OPTIONS = AutoOptions(pictures=4, search_minutes=0.1, calibration=CalibrationOptions(rows=32))
+OPTIONS = AutoOptions(pictures=4, search_minutes=10, calibration=CalibrationOptions(rows=32))
 FLAGS = ("--auto", "--pictures", 4, "--search-minutes", 0.1, "--calibration-rows", 32)
 ONNXRUNTIME = (Candidate("onnxruntime", "fp32"), Candidate("onnxruntime", "int8"))
 KEYS = {
@@ -315,7 +315,7 @@ def test_no_more_trial_pictures_are_drawn_once_one_is_below_the_floor(
         drawn.clear()
         trials = DenoiserTrials.__new__(DenoiserTrials)
         trials._floors = Floors(psnr_db=35, ssim=0.98)
-        trials._gate = SimpleNamespace(parts=lambda count: parts)  # type: ignore[assignment]
+        trials._gates = parts  # type: ignore[assignment]
         return trials.margin_db([])
 
     for name in ("_write", "_trial_artifact"):
@@ -591,6 +591,65 @@ def test_a_candidate_that_cannot_be_exported_is_listed_once_and_the_others_go_on
     assert list(made.selection.not_built) == [INT8]
 
 
+def test_a_candidate_that_does_not_load_is_refused_and_the_others_go_on(
+    gan_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openvino = Candidate("openvino", "fp32")
+    monkeypatch.setattr("export.candidates.CANDIDATES", (openvino, *ONNXRUNTIME))
+    judge_it = auto_module.judge
+
+    def cannot_load(artifact: object, name: str, *rest: object) -> Variant:
+        if name == "openvino-fp32":
+            raise ArtifactError("openvino cannot compile 'generator.onnx'")
+        return judge_it(artifact, name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(auto_module, "judge", cannot_load)
+    manifest = auto(gan_checkpoint, tmp_path / "tiny", OPTIONS, (), lambda _: None).manifest
+    entry = manifest.variants["openvino-fp32"]
+    assert (entry.accepted, entry.reason) == (False, "openvino cannot compile 'generator.onnx'")
+    assert (entry.quality, entry.speed) == (None, None)
+    assert manifest.variants[INT8].quality is not None
+    assert manifest.selected in (FP32, INT8)
+
+
+def test_trial_pictures_are_drawn_anew_where_there_are_to_be_more(
+    gan_checkpoint: Path,
+    tmp_path: Path,
+    only_onnxruntime: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[int] = []
+
+    def margin_db(self: DenoiserTrials, layers: Sequence[str]) -> float:
+        drawn.append(sum(len(gate.requests) for gate in self._gates))
+        if len(drawn) == 1:
+            return 1.0
+        raise KeyboardInterrupt
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DenoiserTrials, "margin_db", margin_db)
+    monkeypatch.setattr(auto_module, "select", stop)
+    with pytest.raises(KeyboardInterrupt):
+        auto(gan_checkpoint, tmp_path / "tiny", OPTIONS, (), lambda _: None)
+    more = OPTIONS.model_copy(update={"pictures": 20})
+    with pytest.raises(KeyboardInterrupt):
+        auto(gan_checkpoint, tmp_path / "tiny", more, (), lambda _: None)
+    assert drawn == [16, 80]
+
+
+def test_where_the_time_is_up_before_a_set_was_tried_that_is_the_reason(
+    gan_checkpoint: Path, tmp_path: Path, only_onnxruntime: None
+) -> None:
+    hurried = OPTIONS.model_copy(update={"search_minutes": 1e-9})
+    manifest = auto(gan_checkpoint, tmp_path / "tiny", hurried, (), lambda _: None).manifest
+    assert manifest.selection is not None
+    assert manifest.selection.not_built == {
+        INT8: "the time of the search was up before a set of layers was tried; raise it"
+    }
+
+
 def test_where_the_gate_refuses_a_set_of_layers_the_next_one_is_tried(
     gan_checkpoint: Path,
     tmp_path: Path,
@@ -624,9 +683,11 @@ def test_where_the_gate_refuses_a_set_of_layers_the_next_one_is_tried(
 def test_where_no_candidate_can_be_exported_every_reason_is_named_once(
     gan_checkpoint: Path,
     tmp_path: Path,
-    only_onnxruntime: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    plain = (Candidate("onnxruntime", "fp32"), Candidate("openvino", "fp32"))
+    monkeypatch.setattr("export.candidates.CANDIDATES", plain)
+
     def fail(*_: object) -> None:
         raise ArtifactError("its graph has an operator that nobody knows")
 
@@ -646,6 +707,10 @@ def test_a_check_of_its_pictures_does_not_accept_what_the_clock_refused(
     checked = check(folder, pictures=3, variant=INT8)
     entry = read_artifact(folder).manifest.variants[INT8]
     assert (entry.accepted, entry.reason, entry.quality) == (False, slow, checked)
+    with pytest.raises(QualityError, match="below the floor 199"):
+        check(folder, pictures=3, floors=Floors(psnr_db=199), variant=INT8)
+    check(folder, pictures=3, variant=INT8)
+    assert read_artifact(folder).manifest.variants[INT8].reason == slow
     monkeypatch.setattr("export.select.no_gain", lambda *_: "")  # only another clock does
     select_anew(folder, None, "throughput", Floors(), 3, lambda _: None)
     assert read_artifact(folder).manifest.variants[INT8].accepted

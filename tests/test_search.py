@@ -308,6 +308,17 @@ def test_a_budget_that_is_just_enough_finds_what_no_budget_finds(tmp_path: Path)
     assert run(trials, tmp_path / "budget", len(whole.measured)) == expected
 
 
+def test_what_was_measured_counts_when_the_time_is_up(tmp_path: Path) -> None:
+    trials = even(8, lambda layers: 1.0 if len(layers) in (6, 3) else -1.0)
+    ledger = Ledger(tmp_path / "ledger.jsonl", CONTEXT)
+    first = search(trials, ledger, HOUR_S, lambda _: None)
+    search(trials, ledger, HOUR_S, lambda _: None, [first.layers])
+    measured = list(trials.measured)
+    late = search(trials, ledger, -1.0, lambda _: None, [first.layers])
+    assert (len(first.layers), len(late.layers), late.holds) == (6, 3, True)
+    assert trials.measured == measured
+
+
 def test_a_search_that_ran_out_of_time_gets_further_when_it_is_run_again(tmp_path: Path) -> None:
     expected = run(network(3), tmp_path / "whole")
     for _ in range(20):
