@@ -46,7 +46,7 @@ class Artifact:
             )
         if name is None and chosen.accepted is False:
             raise QualityError(
-                f"artifact '{self.path}' was refused by vitrine check: {chosen.reason} "
+                f"artifact '{self.path}' was refused: {chosen.reason} "
                 f"({label}); check it against another floor, or name another "
                 "variant"
             )
@@ -90,6 +90,8 @@ def read_artifact(folder: Path) -> Artifact:
 def verify_files(folder: Path, manifest: Manifest) -> None:
     """Compare every file with the manifest. Raises ArtifactError."""
     mend = f"export it again: vitrine export {manifest.source.path} --output {folder}"
+    if len(manifest.variants) > 1:
+        mend += f", which makes one of its {len(manifest.variants)} variants, or all with --auto"
     for name, expected in manifest.files.items():
         try:
             found = file_sha256(folder / name)

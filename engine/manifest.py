@@ -170,8 +170,8 @@ class ModelSpec(Options):
 class Floors(Options):
     """The least that a variant must reach."""
 
-    psnr_db: float = Field(35.0, ge=0, description="for the worst picture")
-    ssim: float = Field(0.98, ge=-1, description="for the mean")
+    psnr_db: float = Field(35.0, ge=0, le=200, description="for the worst picture; 200: identical")
+    ssim: float = Field(0.98, ge=-1, le=1, description="for the mean")
 
 
 class Quality(Options):

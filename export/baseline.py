@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,9 @@ OPERATIONS = (
 )  # fmt: skip
 
 
+MeasuredVariant = Annotated[str, Field(pattern=r"^[a-z0-9]+-[a-z0-9]+(-[a-z0-9]+)*$")]
+
+
 class PictureFigures(Options):
     """One picture of a baseline."""
 
@@ -67,7 +70,7 @@ class Baseline(Options):
 
     format: Literal[1] = 1
     checkpoint_sha256: Sha256
-    variants: dict[str, Pictures]
+    variants: dict[MeasuredVariant, Pictures] = Field(min_length=1)
     postprocess: dict[str, Pictures]
 
 

@@ -15,7 +15,7 @@ from engine.pipeline import Pipeline, open_artifact, open_pipeline
 from engine.quality import isr_db, psnr_db, ssim
 from engine.request import Request
 from export.evidence import Comparison, Image, save_evidence
-from export.report import REPORT
+from export.report import REPORT, renew_report
 from export.requests import gate_requests
 
 
@@ -36,6 +36,8 @@ def check(
     runnable, simulated = runnable_variant(artifact, name)
     gate = open_gate(artifact, checkpoint_path, pictures, runnable.variant(name).size)
     after = judge(artifact, name, gate, floors or Floors(), runnable, simulated)
+    if artifact.manifest.files.keys() >= set(REPORT):
+        renew_report(artifact.path)
     if after.quality is None:
         raise QualityError(f"{name}: {after.reason}")
     if reason := shortfall(after.quality):

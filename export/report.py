@@ -8,6 +8,8 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined, Template
 
+from engine.artifact import read_artifact, write_manifest
+from engine.checkpoint import file_sha256
 from engine.errors import ArtifactError
 from engine.manifest import Manifest
 from export.figures import Conditions, Report, report_of
@@ -30,6 +32,14 @@ def write_report(folder: Path, manifest: Manifest, name: str | None = None) -> t
     values = report.model_dump(mode="json")
     _replace(folder / FIGURES, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False))
     return PAGE, FIGURES
+
+
+def renew_report(artifact_path: Path) -> None:
+    """Write the report of an artifact anew after one of its verdicts has changed."""
+    manifest = read_artifact(artifact_path).manifest
+    names = write_report(artifact_path, manifest)
+    files = {**manifest.files, **{name: file_sha256(artifact_path / name) for name in names}}
+    write_manifest(artifact_path, manifest.model_copy(update={"files": files}))
 
 
 def render(report: Report, pictures: dict[str, str], manifest: Manifest) -> str:

@@ -192,7 +192,7 @@ def test_a_floor_that_nothing_meets_keeps_fp32_and_names_the_closest(
     assert [v.accepted for v in manifest.variants.values()] == [False, False]
     assert all("floor 199.0 dB" in v.reason for v in manifest.variants.values())
     assert figures(folder)["selected"] == FP32
-    with pytest.raises(QualityError, match=r"was refused by vitrine check: PSNR"):
+    with pytest.raises(QualityError, match=r"was refused: PSNR"):
         open_pipeline(folder)
     open_pipeline(folder, FP32).close()  # by its name it runs
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
@@ -394,7 +394,7 @@ def test_without_any_runtime_nothing_is_written(
         (("--auto", "--pictures", "0"), "pictures must be 1..100000, got 0"),
         (("--auto", "--search-minutes", "0"), "search_minutes must be more than 0, got 0"),
         (("--auto", "--floor-psnr-db", "nan"), "psnr_db must be a finite number, got nan"),
-        (("--auto", "--floor-psnr-db", "-1"), "psnr_db must be at least 0, got -1"),
+        (("--auto", "--floor-psnr-db", "-1"), "psnr_db must be 0..200, got -1"),
         (("--auto", "--calibration-rows", "3"), "calibration needs at least 32 rows, got 3"),
         (("--auto", "--calibration-rows", "0"), "calibration.rows must be at least 1, got 0"),
         (("--auto", "--height", "32"), "give both or none"),
@@ -695,6 +695,18 @@ def test_where_no_candidate_can_be_exported_every_reason_is_named_once(
     with pytest.raises(ArtifactError, match=r"^its graph has an operator that nobody knows$"):
         auto(gan_checkpoint, tmp_path / "tiny", OPTIONS, (), lambda _: None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_check_leaves_a_report_that_says_what_it_found(made: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made, tmp_path / "tiny"))
+    with pytest.raises(QualityError, match="below the floor 199"):
+        check(folder, pictures=3, floors=Floors(psnr_db=199), variant=INT8)
+    manifest = read_artifact(folder).manifest  # which verifies every hash
+    assert {"quality/report.json", "quality/report.html"} <= set(manifest.files)
+    listed = {each["variant"]: each for each in figures(folder)["candidates"]}
+    assert (listed[INT8]["pictures"], listed[INT8]["accepted"]) == (3, False)
+    assert listed[INT8]["reason"] == manifest.variants[INT8].reason
+    assert listed[FP32]["pictures"] == OPTIONS.pictures
 
 
 def test_a_check_of_its_pictures_does_not_accept_what_the_clock_refused(

@@ -184,6 +184,11 @@ def test_a_variant_that_the_artifact_lacks_is_named_with_its_export(
         ("[1, 2]", "baseline"),
         ("{}", "baseline '.*checkpoint_sha256 is required"),
         ('{"format": 2}', "baseline '.*format must be 1, got 2"),
+        (
+            f'{{"checkpoint_sha256": "{64 * "0"}", "variants": {{}}, "postprocess": {{}}}}',
+            "variants",
+        ),
+        (f'{{"checkpoint_sha256": "{64 * "0"}", "variants": {{"ghost": {{}}}}}}', "ghost"),
     ],
 )
 def test_a_damaged_baseline_is_named(

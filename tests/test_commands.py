@@ -41,7 +41,7 @@ def test_export_check_and_generate_print_one_json_document(
     assert "is below the floor 199.0 dB" in short.stderr.replace("\n", " ")
     refused = vitrine("generate", artifact, "--label", "bag", "--output", tmp_path / "none")
     assert refused.returncode == 1
-    assert "was refused by vitrine check: PSNR" in refused.stderr
+    assert "was refused: PSNR" in refused.stderr
     assert not (tmp_path / "none").exists()
     assert vitrine("check", artifact, "--pictures", 1).returncode == 0
     pictures = {}
@@ -162,6 +162,9 @@ def test_a_missing_extra_a_bad_floor_and_an_unwritable_output_are_one_error_each
     done = vitrine("check", diffusion_artifact, "--floor-psnr-db", "nan", "--json")
     assert done.returncode == 2
     assert "psnr_db must be a finite number, got nan" in json.loads(done.stdout)["error"]
+    done = vitrine("check", diffusion_artifact, "--floor-psnr-db", 500, "--json")
+    assert done.returncode == 2
+    assert "psnr_db must be" in json.loads(done.stdout)["error"]
     done = vitrine("check", diffusion_artifact, "--pictures", "many", "--json")
     assert done.returncode == 2
     assert "wrong use" in json.loads(done.stdout)["error"]

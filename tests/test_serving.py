@@ -399,7 +399,7 @@ def test_an_artifact_that_fell_short_is_not_served(
     artifact = shutil.copytree(diffusion_artifact, tmp_path / "artifact")
     with pytest.raises(QualityError):
         check(artifact, pictures=1, floors=Floors(psnr_db=199))
-    with pytest.raises(QualityError, match=r"was refused by vitrine check: PSNR .* is below"):
+    with pytest.raises(QualityError, match=r"was refused: PSNR .* is below"):
         write_repository([artifact], tmp_path / "repository")
     assert not (tmp_path / "repository").exists()
 
